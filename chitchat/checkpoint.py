@@ -1,0 +1,209 @@
+"""检查点：建立模型，读写完整、标准的模型文件夹。"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from chitchat.runtime import UserError, atomic_directory
+from chitchat.vocab import (
+    CLS_TOKEN,
+    MASK_TOKEN,
+    PAD_TOKEN,
+    SEP_TOKEN,
+    SPECIAL_TOKENS,
+    UNK_TOKEN,
+    load_tokenizer,
+    special_ids,
+    vocab_text,
+)
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# 把 messages 写成 [CLS]u1[SEP]u2[SEP]。消息里的 [SEP] 之类拆成“[ sep ]”，
+# 与训练时把它当普通文字的编码逐个 id 相同，用户因此不能伪造特殊 token。
+CHAT_TEMPLATE = (
+    CLS_TOKEN
+    + "{% for message in messages %}{{ message['content']"
+    + "".join(f" | replace('{token}', '[ {token[1:-1].lower()} ]')" for token in SPECIAL_TOKENS)
+    + " }}"
+    + SEP_TOKEN
+    + "{% endfor %}"
+)
+
+
+def build_model(config_path: Path, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """按 config.json 建立随机初始化的模型。
+
+    Args:
+        config_path: GPT-2 结构的 json 文件，字段与 GPT2Config 相同。
+        tokenizer: 训练所用的 tokenizer，词表大小必须与 config 一致。
+
+    Raises:
+        UserError: 文件不存在、不是 json、字段不合法，或词表大小不一致。
+    """
+    try:
+        fields = json.loads(config_path.read_text(encoding="utf-8"))
+        fields.update(_token_ids(tokenizer))
+        config = GPT2Config(**fields)
+    except FileNotFoundError:
+        raise UserError(f"找不到模型结构 {config_path}：请用 --model_config 指定") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{config_path} 不是合法的 GPT-2 结构：{error}；可参照 model/config.json"
+        ) from error
+    check_vocab_size(config.vocab_size, tokenizer, config_path)
+    try:
+        return GPT2LMHeadModel(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{config_path} 建不成模型：{error}；可参照 model/config.json") from error
+
+
+def load_model(name_or_dir: str) -> GPT2LMHeadModel:
+    """从文件夹或 hub 上的名字读模型。
+
+    Args:
+        name_or_dir: 含 config.json 和权重的文件夹；不是本地路径时当作 hub 上的名字。
+
+    Raises:
+        UserError: 文件夹不完整、不是 GPT-2，或 hub 上取不到。
+    """
+    directory = Path(name_or_dir)
+    if directory.is_dir():
+        _check_model_dir(directory)
+    elif directory.exists() or name_or_dir.count("/") != 1 or directory.parent.is_dir():
+        raise UserError(f"找不到模型文件夹 {name_or_dir}{_list_checkpoints(directory.parent)}")
+    try:
+        model, report = GPT2LMHeadModel.from_pretrained(
+            name_or_dir, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"
+            "文件夹应含 config.json 和 model.safetensors"
+        ) from error
+    missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})
+    if missing:
+        raise UserError(f"{name_or_dir} 的权重不完整：缺少 {missing[0]} 等 {len(missing)} 项")
+    return model
+
+
+def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
+    """对话用的 tokenizer：给了 vocab_path 就用它，否则用模型文件夹自带的。
+
+    Raises:
+        UserError: 模型文件夹里没有 tokenizer，又没有给 vocab_path；或文件有误。
+    """
+    if vocab_path is not None:
+        return load_tokenizer(vocab_path)
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise UserError(f"找不到模型文件夹 {model_dir}{_list_checkpoints(directory.parent)}")
+    _check_model_dir(directory)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise UserError(
+            f"{model_dir} 里没有 tokenizer.json 或 vocab.txt，无从知道模型的 token id 对应什么字；"
+            "请用 --vocab_path 指定训练这个模型时的 vocab.txt"
+        )
+    return load_tokenizer(directory)
+
+
+def check_vocab_size(vocab_size: int, tokenizer: Tokenizer, source: Path | str) -> None:
+    """确认模型与词表一样大，否则给出怎样改的一句话。"""
+    found = tokenizer.get_vocab_size()
+    if vocab_size != found:
+        raise UserError(
+            f"词表大小不一致：{source} 的 vocab_size 是 {vocab_size}，词表有 {found} 个词；"
+            "请用 --vocab_path 指定训练时的词表，或修改 config.json 的 vocab_size"
+        )
+
+
+def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
+    """写一个完整的模型文件夹，transformers、vLLM 等可以直接读；整个出现或不出现。
+
+    Args:
+        directory: 目标文件夹，已存在时被整个替换。
+        model: 未包装的模型。
+        tokenizer: 训练所用的 tokenizer。
+    """
+    ids = special_ids(tokenizer)
+    # [SEP] 之外的特殊 token 从不生成，与 interact.py 一致。
+    never = [
+        i for i in range(min(ids.sep, tokenizer.get_vocab_size())) if _is_special(tokenizer, i)
+    ]
+    generation_config = GenerationConfig(
+        **_token_ids(tokenizer),
+        do_sample=True,
+        top_k=8,
+        max_new_tokens=25,
+        suppress_tokens=[*never, ids.mask],
+    )
+    with atomic_directory(directory) as partial:
+        model.save_pretrained(partial)
+        generation_config.save_pretrained(partial)
+        wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
+        (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    """包成 transformers 的 tokenizer，带上聊天模板；不修改入参。
+
+    Args:
+        tokenizer: chitchat.vocab 建立的 tokenizer。
+        max_length: 模型的位置数。
+    """
+    backend = copy.deepcopy(tokenizer)
+    backend.encode_special_tokens = False  # 模板里的 [CLS]、[SEP] 要认作特殊 token
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        unk_token=UNK_TOKEN,
+        cls_token=CLS_TOKEN,
+        sep_token=SEP_TOKEN,
+        mask_token=MASK_TOKEN,
+        bos_token=CLS_TOKEN,
+        eos_token=SEP_TOKEN,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def _is_special(tokenizer: Tokenizer, token_id: int) -> bool:
+    """是不是 [PAD]、[unused1]、[UNK] 这样从不生成的 token。"""
+    token = tokenizer.id_to_token(token_id)
+    return token.startswith("[") and token.endswith("]") and len(token) > 2
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    ids = special_ids(tokenizer)
+    return {"bos_token_id": ids.cls, "eos_token_id": ids.sep, "pad_token_id": ids.pad}
+
+
+def _check_model_dir(directory: Path) -> None:
+    """文件夹里要有 config.json 和权重。"""
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} 不是模型文件夹：缺少 config.json{_list_checkpoints(directory)}"
+        )
+    sharded = [f"{name}.index.json" for name in WEIGHT_FILES]
+    if not any((directory / name).is_file() for name in [*WEIGHT_FILES, *sharded]):
+        raise UserError(f"{directory} 里没有权重：应有 {' 或 '.join(WEIGHT_FILES)}")
+
+
+def _list_checkpoints(parent: Path) -> str:
+    """写出附近现有的模型文件夹，供错误信息使用。"""
+    found = sorted(
+        (path.parent for path in parent.glob("*/config.json")),
+        key=lambda path: path.stat().st_mtime,
+    )
+    if not found:
+        return "；请先运行 python train.py，或用 --model_path 指定模型文件夹"
+    return "；现有的模型文件夹：" + "、".join(str(path) for path in found[-5:])

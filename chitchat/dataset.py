@@ -1,0 +1,165 @@
+"""训练数据：划分、按长度分桶、组成批次。
+
+形状记号: B 批内对话数   T 批内最长对话的 token 数   D 对话总数
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from chitchat.token_table import TokenTable
+
+IGNORE_INDEX = -100  # 与 torch 交叉熵的默认 ignore_index 一致
+
+
+def split_indices(
+    num_dialogues: int, val_num: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """随机划分训练集和验证集。
+
+    对话不足 10 × val_num 时改留十分之一（至少一段）；只有一段对话时两边都用它。
+
+    Returns:
+        训练集下标、验证集下标（都是一维 int64），以及验证集是否被缩小。
+    """
+    from sklearn.model_selection import train_test_split
+
+    indices = np.arange(num_dialogues)
+    if num_dialogues == 1:
+        return indices, indices, True
+    is_reduced = num_dialogues < 10 * val_num
+    test_size = max(1, num_dialogues // 10) if is_reduced else val_num
+    train, validation = train_test_split(indices, test_size=test_size, random_state=seed)
+    return train, validation, is_reduced
+
+
+class Window(NamedTuple):
+    """一次参数更新所用的对话；多进程时只含本进程的一份。"""
+
+    indices: list[int]
+    num_targets: int  # 整个窗口（所有进程合计）要预测的 token 数，loss 以它为分母
+
+
+class Batch(NamedTuple):
+    """一个窗口的张量。"""
+
+    input_ids: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T)，补齐处为 ignore_index
+    num_targets: int
+
+
+class LengthBucketSampler(Sampler[Window]):
+    """把长度相近的对话放进同一个窗口，几乎没有补齐；每轮每段对话恰好出现一次。
+
+    每轮先随机打乱再按长度稳定排序，切成窗口后打乱窗口的次序。轮次由 ``epoch`` 决定，
+    同一个 (seed, epoch) 总给出同样的次序，断点续训因此能从任意窗口接着走。
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        window_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """建立采样器。
+
+        Args:
+            lengths: 每段对话截断后的 token 数，形状 (D,)。
+            window_size: 每个窗口的对话数，所有进程合计。
+            seed: 随机种子，所有进程相同。
+            shuffle: False 时按长度固定排列，用于验证。
+            rank: 本进程的编号。
+            world_size: 进程数。
+        """
+        self.lengths = lengths
+        self.window_size = window_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.window_size)
+
+    def __iter__(self) -> Iterator[Window]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = np.arange(len(self.lengths))
+        if self.shuffle:
+            generator.shuffle(order)
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        starts = np.arange(len(self)) * self.window_size
+        if self.shuffle:
+            generator.shuffle(starts)
+        for start in starts:
+            window = order[start : start + self.window_size]
+            num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
+            yield Window(window[self.rank :: self.world_size].tolist(), num_targets)
+
+
+class DialogueDataset(Dataset[Batch]):
+    """按 Window 取出一批对话并补齐；与 ``DataLoader(batch_size=None)`` 搭配。"""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        indices: np.ndarray,
+        *,
+        max_len: int,
+        pad_id: int,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        """建立数据集。
+
+        Args:
+            table: 全部对话。
+            indices: 属于本数据集的对话下标，形状 (D,)。
+            max_len: 每段对话最多保留的 token 数，多余的截去。
+            pad_id: [PAD] 的 id。
+            ignore_index: labels 里补齐处的值。
+        """
+        self.table = table
+        self.indices = indices
+        self.max_len = max_len
+        self.pad_id = pad_id
+        self.ignore_index = ignore_index
+        self.lengths = np.minimum(table.lengths[indices], max_len)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, window: Window) -> Batch:
+        rows = [
+            self.table[self.indices[i]][: self.max_len].astype(np.int64) for i in window.indices
+        ]
+        return collate(rows, window.num_targets, pad_id=self.pad_id, ignore_index=self.ignore_index)
+
+
+def collate(
+    rows: Sequence[np.ndarray], num_targets: int, *, pad_id: int, ignore_index: int
+) -> Batch:
+    """右侧补齐成矩形；没有对话时给出一行全是补齐的占位，多进程的梯度同步才不会少一方。
+
+    Args:
+        rows: 每段对话的 token id，长度可不同，可为空。
+        num_targets: 原样放进结果。
+        pad_id: input_ids 的补齐值。
+        ignore_index: labels 的补齐值。
+    """
+    width = max([2, *(len(row) for row in rows)])
+    input_ids = torch.full((max(1, len(rows)), width), pad_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, ignore_index)
+    for i, row in enumerate(rows):
+        tokens = torch.from_numpy(row)
+        input_ids[i, : len(row)] = tokens
+        labels[i, : len(row)] = tokens
+    return Batch(input_ids, labels, num_targets)

@@ -1,0 +1,88 @@
+"""损失：在模型副本内部算出 loss 之和、预测的 token 数和猜对的 token 数。
+
+形状记号: B 批内对话数   T 对话的 token 数   M 真正要预测的位置数   C 隐藏宽度   V 词表大小
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from chitchat.dataset import IGNORE_INDEX
+
+# 一块 logits 的元素数：CPU 上让一块留在缓存里，GPU 上则要够大才喂得饱矩阵单元。
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """输出层与交叉熵合在一起分块计算，(M, V) 的 logits 从不整个存在。
+
+    前向时就顺手算出梯度：每块 logits 只算一次，内存与块大小成正比而与 M 无关。
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_grad: bool):  # noqa: D102
+        compute_weight = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(weight) if with_grad else None
+        loss_sum = hidden.new_zeros((), dtype=torch.float32)
+        num_correct = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // weight.size(0))
+        for hidden_chunk, target_chunk, start in zip(
+            hidden.split(rows), targets.split(rows), range(0, len(targets), rows), strict=True
+        ):
+            logits = (hidden_chunk @ compute_weight.T).float()  # (rows, V)
+            maximum, prediction = logits.max(dim=-1)
+            num_correct += (prediction == target_chunk).sum()
+            target_logits = logits.gather(1, target_chunk[:, None]).squeeze(1)
+            probs = logits.sub_(maximum[:, None]).exp_()
+            total = probs.sum(dim=-1)
+            loss_sum += (total.log() + maximum - target_logits).sum()
+            if with_grad:
+                # d loss / d logits = softmax - onehot
+                probs.div_(total[:, None])
+                probs.scatter_add_(1, target_chunk[:, None], -torch.ones_like(total)[:, None])
+                grad_logits = probs.to(hidden.dtype)
+                grad_hidden[start : start + rows] = grad_logits @ compute_weight
+                grad_weight += grad_logits.T @ hidden_chunk
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(num_correct)
+        return loss_sum, num_correct
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor, _: Tensor):  # noqa: D102
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_output, grad_weight * grad_output, None, None
+
+
+class LossModule(nn.Module):
+    """把模型和损失放进同一个 forward，DataParallel 的每块卡因此只交回三个数。"""
+
+    def __init__(self, model: GPT2LMHeadModel, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__()
+        self.model = model
+        self.ignore_index = ignore_index
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """对所有真正要预测的位置求和。
+
+        右侧补齐加因果注意力：真实位置看不到补齐，因此不需要 attention mask。
+
+        Args:
+            input_ids: 形状 (B, T)。
+            labels: 形状 (B, T)；位置 t+1 的值是位置 t 的目标，ignore_index 处不计。
+
+        Returns:
+            形状 (1, 3)，float32：loss 之和（nat）、预测的 token 数、猜对的 token 数。
+        """
+        hidden = self.model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]  # (B, T-1)，位置 t 预测第 t+1 个 token
+        is_target = targets != self.ignore_index
+        hidden, targets = hidden[:, :-1][is_target], targets[is_target]  # (M, C)、(M,)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss_sum, num_correct = LinearCrossEntropy.apply(
+                hidden, self.model.lm_head.weight, targets, torch.is_grad_enabled()
+            )
+        num_tokens = is_target.sum().to(torch.float32)
+        return torch.stack([loss_sum, num_tokens, num_correct]).unsqueeze(0)

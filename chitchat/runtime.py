@@ -1,0 +1,250 @@
+"""命令行程序共用的运行环境：用户错误、参数类型、日志、设备、随机种子、原子写文件。
+
+本模块不在导入时加载 torch，预处理和 ``--help`` 因此能立刻开始。
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class UserError(Exception):
+    """用户能自己改正的错误；内容是一句中文：什么、在哪里、发现了什么、怎么改。"""
+
+
+class CliParser(argparse.ArgumentParser):
+    """出错时只在标准错误输出一句中文，并以 2 退出。"""
+
+    def error(self, message: str) -> NoReturn:
+        """报告命令行写错之处，例如未知的参数或不合法的取值。"""
+        for english, chinese in (
+            ("unrecognized arguments:", "没有这样的参数："),
+            ("expected one argument", "后面缺少取值"),
+            ("invalid choice:", "没有这个选项："),
+            ("choose from", "可选"),
+            ("argument ", "参数 "),
+        ):
+            message = message.replace(english, chinese)
+        self.exit(EXIT_BAD_INPUT, f"错误：{message}。用 python {self.prog} --help 查看全部参数\n")
+
+
+def bounded(
+    kind: Callable[[str], float],
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Callable[[str], float]:
+    """构造 argparse 的 ``type=``：``int`` 或 ``float``，并检查取值范围。
+
+    Args:
+        kind: ``int`` 或 ``float``。
+        minimum: 允许的最小值（含）；None 表示不限。
+        above: 必须大于的值（不含）；None 表示不限。
+        maximum: 允许的最大值（含）；None 表示不限。
+
+    Returns:
+        把字符串变成数值的函数；不合法时抛出 ``argparse.ArgumentTypeError``。
+    """
+    limits = [
+        f"{text} {limit:g}"
+        for text, limit in (("不小于", minimum), ("大于", above), ("不大于", maximum))
+        if limit is not None
+    ]
+    wanted = ("整数" if kind is int else "数值") + ("，" if limits else "") + "且".join(limits)
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        # NaN 与任何数比较都为假，所以条件写成“全部成立”而不是“有一条不成立”。
+        is_valid = (
+            (minimum is None or value >= minimum)
+            and (above is None or value > above)
+            and (maximum is None or value <= maximum)
+            and value == value
+            and abs(value) != float("inf")
+        )
+        if not is_valid:
+            raise argparse.ArgumentTypeError(f"应为{wanted}，得到 {text!r}")
+        return value
+
+    return parse
+
+
+def run_cli(main: Callable[[], int]) -> NoReturn:
+    """运行脚本的 ``main``，把异常变成退出码：0 完成，2 用法或输入有误，130 被中断。"""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # 旧的 Windows 控制台不是 UTF-8：宁可显示一个问号，也不要因为一个 emoji 退出。
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = main()
+    except UserError as error:
+        code = _complain(str(error))
+    except OSError as error:
+        reason = f"读写 {error.filename or '文件'} 失败：{error.strerror or error}"
+        code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+def _complain(sentence: str) -> int:
+    """在标准错误输出一句话，返回表示输入有误的退出码。"""
+    sys.stderr.write(f"错误：{sentence}\n")
+    return EXIT_BAD_INPUT
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """写日志时先让开进度条，日志行不会与进度条混在一行。"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def configure_logging(log_path: Path | None, *, console: bool = True) -> None:
+    """让 ``chitchat`` 及其子 logger 的 INFO 日志进入控制台和文件。
+
+    只设置本项目的 logger，不动根 logger；重复调用会先去掉上一次的输出。
+
+    Args:
+        log_path: 日志文件，追加写入，父目录会自动创建；None 表示不写文件。
+        console: 是否同时输出到标准错误。
+    """
+    logger = logging.getLogger("chitchat")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_TqdmHandler()] if console else []
+    if log_path is not None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_path, encoding="utf-8"))
+    for handler in handlers or [logging.NullHandler()]:
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def quiet_transformers() -> None:
+    """不显示 transformers 的进度条和 WARNING：它们说的是它自己的默认值，与用户无关。"""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
+    """把 ``--device 0,1`` 变成设备列表。
+
+    Args:
+        device: 逗号分隔的 GPU 编号，第一个是主卡。
+        no_cuda: True 时总是用 CPU。
+
+    Returns:
+        至少一个设备；没有可用的 CUDA 时是 ``[cpu]``。
+
+    Raises:
+        UserError: 写法不对、编号重复，或本机没有这个编号的 GPU。
+    """
+    import torch
+
+    numbers = [part.strip() for part in device.split(",")]
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise UserError(
+            f"--device 应为逗号分隔且不重复的 GPU 编号（如 0 或 0,1），得到 {device!r}；"
+            "只用 CPU 请加 --no_cuda"
+        )
+    if no_cuda or not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    num_gpus = torch.cuda.device_count()
+    missing = [number for number in numbers if int(number) >= num_gpus]
+    if missing:
+        raise UserError(
+            f"--device 指定的 GPU {','.join(missing)} 不存在：本机有 {num_gpus} 块，"
+            f"编号 0 到 {num_gpus - 1}；只用 CPU 请加 --no_cuda"
+        )
+    return [torch.device("cuda", int(number)) for number in numbers]
+
+
+def seed_everything(seed: int) -> None:
+    """设定 Python、NumPy 和 torch（含全部 GPU）的随机种子。"""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """在旁边写临时文件，成功后一次换名；失败时原文件不变，临时文件被删除。
+
+    Args:
+        path: 最终的文件；父目录会自动创建。
+
+    Yields:
+        供写入的临时路径。
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """在旁边写临时文件夹，成功后换名为 ``path``；失败时原文件夹不变。
+
+    Args:
+        path: 最终的文件夹；已存在时整个被替换。
+
+    Yields:
+        供写入的空文件夹。
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        if path.exists():
+            path.rename(retired)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """让文件内容落盘，断电后不会出现换了名却是空的文件。"""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

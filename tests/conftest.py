@@ -1,0 +1,89 @@
+"""测试共用的零件：离线、每个测试固定种子，以及几十个词的词表和两层的模型。"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from chitchat.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+UNUSED = [f"[unused{i}]" for i in range(1, 100)]
+WORDS = [
+    *"，。？！…,.?!'",
+    *"你好吗我很早上晚安再见吃饭了天气真不错是谁小柚在",
+    *"abcdefghijklmnopqrstuvwxyz0123456789",
+    *(f"##{char}" for char in "abcdefghijklmnopqrstuvwxyz0123456789😂"),
+    *["hello", "😂"],
+]
+TINY_VOCAB = ["[PAD]", *UNUSED, "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """不许联网，固定种子，在临时文件夹里运行：写到默认路径的文件不会落进仓库。"""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("tests must not use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def vocab_path(tmp_path: Path) -> Path:
+    """小词表，与真词表的布局相同。"""
+    path = tmp_path / "tiny_vocab.txt"
+    path.write_text("\n".join(TINY_VOCAB) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer(vocab_path: Path) -> Tokenizer:
+    """小词表的 tokenizer。"""
+    return load_tokenizer(vocab_path)
+
+
+TINY_CONFIG = {
+    "model_type": "gpt2",
+    "vocab_size": len(TINY_VOCAB),
+    "n_positions": 64,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 101,
+    "eos_token_id": 102,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture
+def make_model():
+    """建立两层 16 维、没有 dropout 的模型；关键字参数覆盖 GPT2Config 的字段。"""
+
+    def make(**fields: object) -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(**{**TINY_CONFIG, **fields}))
+
+    return make
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    """小模型的 config.json。"""
+    path = tmp_path / "tiny_config.json"
+    path.write_text(json.dumps(TINY_CONFIG), encoding="utf-8")
+    return path
