@@ -25,7 +25,7 @@ from chitchat.runtime import (
     seed_everything,
     select_devices,
 )
-from chitchat.vocab import decode_response, encode_utterances
+from chitchat.tokenizer import decode_response, encode_utterances
 
 logger = logging.getLogger("chitchat.interact")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from chitchat.corpus import read_dialogues
 from chitchat.runtime import CliParser, UserError, configure_logging, run_cli
 from chitchat.token_table import save_token_lists
-from chitchat.vocab import encode_utterances, load_tokenizer, special_ids
+from chitchat.tokenizer import encode_utterances, load_tokenizer, special_ids
 
 logger = logging.getLogger("chitchat.preprocess")
 

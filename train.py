@@ -32,6 +32,7 @@ from chitchat.runtime import (
     select_devices,
 )
 from chitchat.token_table import load_token_table
+from chitchat.tokenizer import load_tokenizer, special_ids
 from chitchat.training import (
     EarlyStopping,
     Meter,
@@ -40,7 +41,6 @@ from chitchat.training import (
     evaluate,
     train_step,
 )
-from chitchat.vocab import load_tokenizer, special_ids
 
 logger = logging.getLogger("chitchat.train")
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from chitchat.runtime import UserError, atomic_directory
+from chitchat.tokenizer import load_tokenizer, special_ids, unspeakable_ids, vocab_text
 from chitchat.vocab import (
     CLS_TOKEN,
     MASK_TOKEN,
@@ -18,9 +19,6 @@ from chitchat.vocab import (
     SEP_TOKEN,
     SPECIAL_TOKENS,
     UNK_TOKEN,
-    load_tokenizer,
-    special_ids,
-    vocab_text,
 )
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -132,17 +130,12 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         model: 未包装的模型。
         tokenizer: 训练所用的 tokenizer。
     """
-    ids = special_ids(tokenizer)
-    # [SEP] 之外的特殊 token 从不生成，与 interact.py 一致。
-    never = [
-        i for i in range(min(ids.sep, tokenizer.get_vocab_size())) if _is_special(tokenizer, i)
-    ]
     generation_config = GenerationConfig(
         **_token_ids(tokenizer),
         do_sample=True,
         top_k=8,
         max_new_tokens=25,
-        suppress_tokens=[*never, ids.mask],
+        suppress_tokens=unspeakable_ids(tokenizer),
     )
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial)
@@ -174,12 +167,6 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
-
-
-def _is_special(tokenizer: Tokenizer, token_id: int) -> bool:
-    """是不是 [PAD]、[unused1]、[UNK] 这样从不生成的 token。"""
-    token = tokenizer.id_to_token(token_id)
-    return token.startswith("[") and token.endswith("]") and len(token) > 2
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -55,14 +55,17 @@ def read_dialogues(
 
 def _describe_bad_byte(path: Path) -> str:
     """找出第一处不合 UTF-8 的字节，写成给用户的一句话。"""
+    number = 1
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for line in file:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                byte = line[error.start]
+                before = line[: error.start]
+                number += before.count(b"\r") - before.count(b"\r\n")  # 单独的 CR 也换行
                 return (
-                    f"{path} 第 {number} 行不是 UTF-8：有字节 0x{byte:02X}；"
+                    f"{path} 第 {number} 行不是 UTF-8：有字节 0x{line[error.start]:02X}；"
                     "请在编辑器里另存为 UTF-8（GB 18030 的文件可用 iconv -f gb18030 -t utf-8 转换）"
                 )
+            number += line.count(b"\n") + line.count(b"\r") - line.count(b"\r\n")
     return f"{path} 不是完整的 UTF-8 文件，请重新保存为 UTF-8"

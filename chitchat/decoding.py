@@ -24,11 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from chitchat.runtime import UserError
-from chitchat.vocab import SpecialIds, decode_response, special_ids
-
-def unspeakable_ids(t):
-    return [i for i in range(104) if i != 102]
-
+from chitchat.tokenizer import SpecialIds, decode_response, special_ids, unspeakable_ids
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         num_correct = hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // weight.size(0))
-        for hidden_chunk, target_chunk, start in zip(
-            hidden.split(rows), targets.split(rows), range(0, len(targets), rows), strict=True
-        ):
+        for start in range(0, len(targets), rows):
+            hidden_chunk, target_chunk = hidden[start : start + rows], targets[start : start + rows]
             logits = (hidden_chunk @ compute_weight.T).float()  # (rows, V)
             maximum, prediction = logits.max(dim=-1)
             num_correct += (prediction == target_chunk).sum()

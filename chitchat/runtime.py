@@ -31,15 +31,21 @@ class UserError(Exception):
 
 
 class CliParser(argparse.ArgumentParser):
-    """出错时只在标准错误输出一句中文，并以 2 退出。"""
+    """出错时只在标准错误输出一句中文，并以 2 退出；参数名不能缩写。"""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """报告命令行写错之处，例如未知的参数或不合法的取值。"""
         for english, chinese in (
             ("unrecognized arguments:", "没有这样的参数："),
+            ("the following arguments are required:", "缺少参数："),
             ("expected one argument", "后面缺少取值"),
+            ("ignored explicit argument", "不需要取值，得到"),
             ("invalid choice:", "没有这个选项："),
             ("choose from", "可选"),
+            ("invalid int value:", "应为整数，得到"),
             ("argument ", "参数 "),
         ):
             message = message.replace(english, chinese)
@@ -170,7 +176,8 @@ def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
     import torch
 
     numbers = [part.strip() for part in device.split(",")]
-    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+    is_valid = all(number.isascii() and number.isdecimal() for number in numbers)
+    if not is_valid or len({int(number) for number in numbers}) < len(numbers):
         raise UserError(
             f"--device 应为逗号分隔且不重复的 GPU 编号（如 0 或 0,1），得到 {device!r}；"
             "只用 CPU 请加 --no_cuda"
@@ -238,10 +245,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             _sync(file)
         if path.exists():
             path.rename(retired)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if retired.exists():
+                retired.rename(path)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -78,7 +78,7 @@ def load_token_table(path: Path, vocab_size: int) -> TokenTable:
     try:
         with path.open("rb") as file:
             dialogues = _ListUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
+    except Exception as error:  # 损坏的 pickle 可以抛出任何异常
         raise UserError(
             f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，发现 {error}；{advice}"
         ) from error

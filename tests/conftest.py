@@ -32,10 +32,15 @@ TINY_VOCAB = ["[PAD]", *UNUSED, "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """不许联网，固定种子，在临时文件夹里运行：写到默认路径的文件不会落进仓库。"""
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError("tests must not use the network")
+    connect = socket.socket.connect
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    def connect_locally(self: socket.socket, address: object) -> None:
+        is_local = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
+        if not is_local:
+            raise OSError("tests must not use the network")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 

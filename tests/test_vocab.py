@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from chitchat import vocab
 from chitchat.runtime import UserError
-from chitchat.vocab import (
-    SPECIAL_TOKENS,
-    VOCAB_SIZE,
+from chitchat.tokenizer import (
     build_tokenizer,
     decode_response,
-    derive_reference_vocab,
     encode_utterances,
-    generate_vocab,
     load_tokenizer,
     special_ids,
     vocab_text,
+)
+from chitchat.vocab import (
+    ENGLISH_PATH,
+    SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    derive_reference_vocab,
+    generate_vocab,
 )
 
 VOCAB_PATH = Path(__file__).resolve().parent.parent / "vocab" / "vocab.txt"
@@ -84,7 +86,7 @@ def test_size_ids_and_distinct_entries():
 
 
 def test_english_list_is_long_enough_and_none_but_ascii():
-    words = vocab.ENGLISH_PATH.read_text(encoding="utf-8").split()
+    words = ENGLISH_PATH.read_text(encoding="utf-8").split()
     assert len(words) == len(set(words))
     assert all(set(word.removeprefix("##")) <= set(string.ascii_lowercase) for word in words)
     assert generate_vocab()[-1] in words[1000:]
