@@ -163,6 +163,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
         bos_token=CLS_TOKEN,
         eos_token=SEP_TOKEN,
         model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],  # GPT-2 会误用 token_type_ids
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE

@@ -59,12 +59,12 @@ def build_tokenizer(vocab: Sequence[str]) -> Tokenizer:
         pair=f"{CLS_TOKEN} $A {SEP_TOKEN} $B:1 {SEP_TOKEN}:1",
         special_tokens=[(CLS_TOKEN, ids[CLS_TOKEN]), (SEP_TOKEN, ids[SEP_TOKEN])],
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return _prepare(tokenizer)
 
 
 def _prepare(tokenizer: Tokenizer) -> Tokenizer:
     """装上自然的解码方式，关掉截断与补齐，并让特殊 token 的字面写法只是文字。"""
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     deletions = [decoders.Replace(Regex(pattern), "") for pattern in _DELETED_SPACES]
     tokenizer.decoder = decoders.Sequence(
         [
