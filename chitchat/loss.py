@@ -34,14 +34,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden_chunk @ compute_weight.T).float()  # (rows, V)
             maximum, prediction = logits.max(dim=-1)
             num_correct += (prediction == target_chunk).sum()
-            target_logits = logits.gather(1, target_chunk[:, None]).squeeze(1)
-            probs = logits.sub_(maximum[:, None]).exp_()
-            total = probs.sum(dim=-1)
-            loss_sum += (total.log() + maximum - target_logits).sum()
+            probs = logits.softmax(dim=-1)
+            # log Σexp = 最大的 logits − 它的 log 概率
+            log_sum = maximum - probs.gather(1, prediction[:, None]).squeeze(1).log()
+            loss_sum += (log_sum - logits.gather(1, target_chunk[:, None]).squeeze(1)).sum()
             if with_grad:
                 # d loss / d logits = softmax - onehot
-                probs.div_(total[:, None])
-                probs.scatter_add_(1, target_chunk[:, None], -torch.ones_like(total)[:, None])
+                probs.scatter_add_(1, target_chunk[:, None], -torch.ones_like(log_sum)[:, None])
                 grad_logits = probs.to(hidden.dtype)
                 grad_hidden[start : start + rows] = grad_logits @ compute_weight
                 grad_weight += grad_logits.T @ hidden_chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,15 +127,21 @@ def test_value_inside_the_bounds_is_parsed(parse, text, value):
 @pytest.mark.parametrize("kind", [int, float])
 def test_value_outside_the_bounds_is_refused_and_quoted(kind, text):
     parse = bounded(kind, minimum=0, maximum=1)
-    with pytest.raises(Exception, match=repr(text)) as error:
+    with pytest.raises(ArgumentTypeError, match=repr(text)) as error:
         parse(text)
     assert "不小于 0且不大于 1" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "0", "-1"])
 def test_open_bound_is_not_allowed_itself(text):
-    with pytest.raises(Exception, match="数值，大于 0"):
+    with pytest.raises(ArgumentTypeError, match="数值，大于 0"):
         ABOVE_0(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "abc"])
+def test_number_without_bounds_must_still_be_finite(text):
+    with pytest.raises(ArgumentTypeError, match=f"应为数值，得到 '{text}'"):
+        bounded(float)(text)
 
 
 @pytest.mark.usefixtures("_project_logger")
