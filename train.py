@@ -8,20 +8,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import GPT2LMHeadModel
 
-from chitchat.checkpoint import build_model, check_vocab_size, load_model, save_checkpoint
-from chitchat.dataset import IGNORE_INDEX, DialogueDataset, LengthBucketSampler, split_indices
+from chitchat.checkpoint import (
+    build_model,
+    check_vocab_size,
+    load_model,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from chitchat.dataset import IGNORE_INDEX, build_loaders
 from chitchat.loss import LossModule
 from chitchat.optim import build_optimizers, build_schedulers
+from chitchat.processes import Processes, parallelize
 from chitchat.runtime import (
+    EXIT_INTERRUPTED,
     CliParser,
     UserError,
     bounded,
@@ -30,226 +39,235 @@ from chitchat.runtime import (
     run_cli,
     seed_everything,
     select_devices,
+    stop_signals,
+)
+from chitchat.state import (
+    STATE_NAME,
+    Progress,
+    fingerprint,
+    load_state,
+    restore_state,
+    save_state,
 )
 from chitchat.token_table import load_token_table
 from chitchat.tokenizer import load_tokenizer, special_ids
 from chitchat.training import (
-    EarlyStopping,
+    Estimate,
     Meter,
     MetricWriter,
-    Processes,
     evaluate,
-    train_step,
+    sample_replies,
+    save_loss_curve,
 )
+from chitchat.updater import PRECISIONS, Updater, choose_precision
 
 logger = logging.getLogger("chitchat.train")
 
 MAX_WARMUP_STEPS = 4000  # 参考实现的固定值，这里作上限
+NUM_SAMPLES = 3  # 每轮展示几句示例回复
+UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有指纹
+    "max_len",
+    "val_num",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "seed",
+)
+COMPILED_WIDTH = 32  # --compile 时批次的宽度补齐到它的倍数，形状少，编译的次数就少
 
 
 def build_parser() -> argparse.ArgumentParser:
     """命令行参数。"""
-    count = bounded(int, minimum=1)
-    optional_count = bounded(int, minimum=0)
-    positive = bounded(float, above=0)
     parser = CliParser(description="训练 GPT-2 闲聊模型")
-    add = parser.add_argument
-    add("--device", default="0", help="GPU 编号，多块用逗号分隔，如 0,1（默认 %(default)s）")
-    add("--no_cuda", action="store_true", help="只用 CPU")
-    add("--vocab_path", type=Path, default=Path("vocab/vocab.txt"), help="词表（默认 %(default)s）")
-    add(
-        "--model_config",
-        type=Path,
-        default=Path("model/config.json"),
-        help="从零训练时的模型结构（默认 %(default)s；小模型用 model/config_small.json）",
-    )
-    add(
-        "--train_path",
-        type=Path,
-        default=Path("data/train.pkl"),
-        help="preprocess.py 生成的训练数据（默认 %(default)s）",
-    )
-    add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
-        help="每段对话最多用多少 token，多余的截去（默认 %(default)s）")  # fmt: skip
-    add("--log_path", type=Path, default=Path("data/train.log"), help="日志（默认 %(default)s）")
-    add("--log", nargs="?", help="已不起作用：总是写日志")
-    add("--ignore_index", type=int, default=IGNORE_INDEX,
-        help="labels 里不计入 loss 的值（默认 %(default)s）")  # fmt: skip
-    add("--epochs", type=count, default=100, help="训练轮数（默认 %(default)s）")
-    add("--batch_size", type=count, default=4, metavar="DIALOGUES",
-        help="每个批次的对话数，所有显卡和进程合计（默认 %(default)s）")  # fmt: skip
-    add("--gpu0_bsz", help="已不起作用：各卡负载本来就均衡")
-    add("--lr", type=positive, default=1e-3, help="学习率的峰值（默认 %(default)s）")
-    add("--eps", type=positive, default=1e-9, help="AdamW 的 eps（默认 %(default)s）")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw",
-        help="优化器；muon 只用于各层的二维权重，其余用 adamw（默认 %(default)s）")  # fmt: skip
-    add("--log_step", type=count, default=50, metavar="STEPS",
-        help="每多少次参数更新写一次日志和 TensorBoard（默认 %(default)s）")  # fmt: skip
-    add("--gradient_accumulation_steps", type=count, default=4, metavar="BATCHES",
-        help="每多少个批次更新一次参数（默认 %(default)s）")  # fmt: skip
-    add("--max_grad_norm", type=positive, default=2.0,
-        help="梯度 L2 范数的上限（默认 %(default)s）")  # fmt: skip
-    add("--save_model_path", dest="save_model_dir", type=Path, default=Path("model"),
-        help="检查点放在哪个文件夹下（默认 %(default)s）")  # fmt: skip
-    add("--pretrained_model", default="",
-        help="从这个模型文件夹或 hub 上的名字继续训练，空表示从零开始（默认为空）")  # fmt: skip
-    add("--seed", type=optional_count, default=0, help="随机种子（默认 %(default)s）")
-    add("--num_workers", type=optional_count, default=0, metavar="N",
-        help="读数据的子进程数，0 表示在主进程里读（默认 %(default)s）")  # fmt: skip
-    add("--patience", type=optional_count, default=0, metavar="EPOCHS",
-        help="验证 loss 连续多少轮没有变好就停，0 表示不早停（默认 %(default)s）")  # fmt: skip
-    add("--warmup_steps", type=optional_count, metavar="STEPS",
-        help="学习率预热的更新次数，0 表示不预热"
-        f"（默认为全部更新次数的十分之一，最多 {MAX_WARMUP_STEPS}）")  # fmt: skip
-    add("--val_num", type=count, default=8000, metavar="DIALOGUES",
-        help="留作验证的对话数；语料不足它的 10 倍时改留十分之一（默认 %(default)s）")  # fmt: skip
+    add_data_options(parser.add_argument_group("数据").add_argument)
+    add_model_options(parser.add_argument_group("模型与设备").add_argument)
+    add_optimization_options(parser.add_argument_group("优化").add_argument)
+    add_output_options(parser.add_argument_group("记录与续训").add_argument)
     return parser
 
 
-def check_max_len(max_len: int, n_positions: int) -> None:
-    """确认对话放得进模型的位置数。"""
-    if max_len > n_positions:
-        raise UserError(
-            f"--max_len {max_len} 超过模型的 n_positions {n_positions}："
-            f"请把 --max_len 减到 {n_positions} 以内，或换一个位置更多的模型"
-        )
+# fmt: off
+def add_data_options(add: Callable) -> None:
+    """数据从哪里来，怎样组成批次。"""
+    count = bounded(int, minimum=1)
+    path = {"type": Path, "metavar": "FILE"}
+    add("--train_path", **path, default=Path("data/train.pkl"),
+        help="preprocess.py 生成的训练数据（默认 %(default)s）")
+    add("--vocab_path", **path, default=Path("vocab/vocab.txt"),
+        help="词表，要与预处理时相同（默认 %(default)s）")
+    add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
+        help="每段对话最多用多少 token，多余的截去（默认 %(default)s）")
+    add("--val_num", type=count, default=8000, metavar="DIALOGUES",
+        help="留作验证的对话数；语料不足它的 10 倍时改留十分之一（默认 %(default)s）")
+    add("--batch_size", type=count, default=4, metavar="DIALOGUES",
+        help="每个批次的对话数，所有显卡和进程合计（默认 %(default)s）")
+    add("--gradient_accumulation_steps", type=count, default=4, metavar="BATCHES",
+        help="每多少个批次更新一次参数；放得下时合成一次前向，数值不变（默认 %(default)s）")
+    add("--num_workers", type=bounded(int, minimum=0), default=0, metavar="N",
+        help="读数据的子进程数，0 表示在主进程里读（默认 %(default)s）")
+    add("--ignore_index", type=bounded(int, maximum=-1), default=IGNORE_INDEX, metavar="ID",
+        help="labels 里不计入 loss 的值，必须是负数（默认 %(default)s）")
+    add("--gpu0_bsz", help="已不起作用：各卡负载本来就均衡")
 
 
-@contextlib.contextmanager
-def join_processes(processes: Processes, device: torch.device) -> Iterator[None]:
-    """torchrun 启动时加入进程组，结束时离开；只有一个进程时什么也不做。"""
-    if processes.world_size == 1:
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def add_model_options(add: Callable) -> None:
+    """模型、设备与精度。"""
+    add("--model_config", type=Path, default=Path("model/config.json"), metavar="FILE",
+        help="从零训练时的模型结构（默认 %(default)s；小模型用 model/config_small.json）")
+    add("--pretrained_model", default="", metavar="DIR",
+        help="从这个模型文件夹或 hub 上的名字继续训练，空表示从零开始（默认为空）")
+    add("--device", default="0", help="GPU 编号，多块用逗号分隔，如 0,1（默认 %(default)s）")
+    add("--no_cuda", action="store_true", help="只用 CPU")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto",
+        help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32（默认 %(default)s）")
+    add("--compile", action="store_true",
+        help="用 torch.compile 编译模型；开头要等几分钟，之后更快")
+    add("--gradient_checkpointing", action="store_true",
+        help="反向时重算中间结果，省显存但慢约三分之一；对话很长时用")
+
+
+def add_optimization_options(add: Callable) -> None:
+    """优化器、学习率和何时停。"""
+    count, positive = bounded(int, minimum=1), bounded(float, above=0)
+    optional_count = bounded(int, minimum=0)
+    add("--epochs", type=count, default=100, help="训练轮数（默认 %(default)s）")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+        help="优化器；muon 只用于各层的二维权重，其余用 adamw（默认 %(default)s）")
+    add("--lr", type=positive, default=1e-3, help="学习率的峰值（默认 %(default)s）")
+    add("--lr_schedule", choices=["linear", "cosine", "constant"], default="linear",
+        help="预热之后学习率怎样变（默认 %(default)s，线性降到 0）")
+    add("--warmup_steps", type=optional_count, metavar="STEPS",
+        help="学习率预热的更新次数，0 表示不预热"
+        f"（默认为全部更新次数的十分之一，最多 {MAX_WARMUP_STEPS}）")
+    add("--eps", type=positive, default=1e-9, help="AdamW 的 eps（默认 %(default)s）")
+    add("--max_grad_norm", type=positive, default=2.0,
+        help="梯度 L2 范数的上限（默认 %(default)s）")
+    add("--patience", type=optional_count, default=0, metavar="EPOCHS",
+        help="验证 loss 连续多少轮没有变好就停，0 表示不早停（默认 %(default)s）")
+    add("--seed", type=optional_count, default=0, help="随机种子（默认 %(default)s）")
+
+
+def add_output_options(add: Callable) -> None:
+    """日志、检查点与续训。"""
+    count, optional_count = bounded(int, minimum=1), bounded(int, minimum=0)
+    add("--save_model_path", dest="save_model_dir", type=Path, default=Path("model"), metavar="DIR",
+        help="检查点放在哪个文件夹下（默认 %(default)s）")
+    add("--log_path", type=Path, default=Path("data/train.log"), metavar="FILE",
+        help="日志，追加写入（默认 %(default)s）")
+    add("--log_step", type=count, default=50, metavar="STEPS",
+        help="每多少次参数更新写一次 TensorBoard（默认 %(default)s）")
+    add("--log", nargs="?", help="已不起作用：总是写日志")
+    add("--resume", action="store_true",
+        help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")
+    add("--save_steps", type=optional_count, default=0, metavar="STEPS",
+        help="每多少次参数更新存一次训练状态，0 表示只在每轮结束时存（默认 %(default)s）")
+    add("--save_total_limit", type=optional_count, default=0, metavar="K",
+        help="只保留最新的 K 个 epoch 文件夹，0 表示全部保留（默认 %(default)s）")
+# fmt: on
 
 
 def choose_devices(args: argparse.Namespace, processes: Processes) -> list[torch.device]:
-    """torchrun 时每个进程一块卡，否则是 --device 指定的全部。"""
+    """用 torchrun 时每个进程一块卡，否则是 --device 指定的全部。"""
     if processes.world_size == 1:
         return select_devices(args.device, no_cuda=args.no_cuda)
     return select_devices(str(processes.local_rank), no_cuda=args.no_cuda)
 
 
-def parallelize(
-    loss_module: LossModule, devices: list[torch.device], processes: Processes
-) -> nn.Module:
-    """按设备和进程数套上 DataParallel 或 DistributedDataParallel。"""
-    if processes.world_size > 1:
-        return nn.parallel.DistributedDataParallel(
-            loss_module, device_ids=devices if devices[0].type == "cuda" else None
+def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """建立或读入模型，检查它与词表、max_len 相配。"""
+    if args.pretrained_model:
+        model = load_model(args.pretrained_model)
+        check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
+    else:
+        model = build_model(args.model_config, tokenizer)
+    n_positions = model.config.n_positions
+    if args.max_len > n_positions:
+        raise UserError(
+            f"--max_len {args.max_len} 超过模型的 n_positions {n_positions}："
+            f"请把 --max_len 减到 {n_positions} 以内，或换一个位置更多的模型"
         )
-    if len(devices) > 1:
-        return nn.DataParallel(loss_module, device_ids=devices)
-    return loss_module
-
-
-def build_loaders(
-    args: argparse.Namespace, vocab_size: int, pad_id: int, processes: Processes
-) -> tuple[DataLoader, DataLoader]:
-    """读数据、划分，给出训练集和验证集的 DataLoader。"""
-    table = load_token_table(args.train_path, vocab_size)
-    train_indices, val_indices, is_reduced = split_indices(len(table), args.val_num, args.seed)
-    if is_reduced:
-        logger.info("corpus is small: val_num=%d instead of %d", len(val_indices), args.val_num)
-    logger.info("train_dialogues=%d val_dialogues=%d", len(train_indices), len(val_indices))
-    loaders = []
-    for indices, is_train in ((train_indices, True), (val_indices, False)):
-        dataset = DialogueDataset(
-            table,
-            indices,
-            max_len=args.max_len,
-            pad_id=pad_id,
-            ignore_index=args.ignore_index,
-        )
-        accumulation = args.gradient_accumulation_steps if is_train else 1
-        sampler = LengthBucketSampler(
-            dataset.lengths,
-            window_size=args.batch_size * accumulation,
-            seed=args.seed,
-            shuffle=is_train,
-            rank=processes.rank,
-            world_size=processes.world_size,
-        )
-        loaders.append(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=sampler,
-                num_workers=args.num_workers,
-                pin_memory=torch.cuda.is_available(),
-            )
-        )
-    return loaders[0], loaders[1]
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def train(
-    loss_module: nn.Module,
+    updater: Updater,
     loaders: tuple[DataLoader, DataLoader],
     args: argparse.Namespace,
+    progress: Progress,
     *,
     save: Callable[[str], None],
-    device: torch.device,
-    processes: Processes,
-) -> None:
-    """训练循环：每轮更新参数、验证、存检查点，直到轮数用完或早停。
+    save_progress: Callable[[], None],
+    describe: Callable[[], str],
+) -> bool:
+    """训练循环：每轮更新参数、验证、存检查点，直到轮数用完、早停或被中断。
 
     Args:
-        loss_module: LossModule，可能已套上 DataParallel 或 DistributedDataParallel。
+        updater: 做一次参数更新。
         loaders: 训练集和验证集的 DataLoader。
         args: 命令行参数。
+        progress: 从哪里开始；随训练更新。
         save: 以文件夹名存下当前模型。
-        device: 输入所在的设备。
-        processes: 进程分工。
+        save_progress: 存下训练状态。
+        describe: 给出几句示例回复，每轮写进 TensorBoard。
+
+    Returns:
+        True 表示训练完成，False 表示被中断（状态已存下）。
     """
     train_loader, val_loader = loaders
+    processes, device = updater.processes, updater.device
+    stopping = progress.early_stopping(args.patience)
+    log_dir = args.save_model_dir / "runs" if processes.is_main else None
+    writer = MetricWriter(log_dir, first_step=progress.step)
     total_steps = len(train_loader) * args.epochs
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(MAX_WARMUP_STEPS, total_steps // 10)
-    optimizers = build_optimizers(loss_module, args.optimizer, lr=args.lr, eps=args.eps)
-    schedulers = build_schedulers(optimizers, warmup_steps=warmup_steps, total_steps=total_steps)
-    stopping = EarlyStopping(args.patience)
-    writer = MetricWriter(args.save_model_dir / "runs" if processes.is_main else None)
-    bar = tqdm(total=total_steps, unit="step", disable=None if processes.is_main else True)
-    step = 0
-    with contextlib.closing(writer), bar:
-        for epoch in range(args.epochs):
-            train_loader.sampler.epoch = epoch
-            meter = Meter(device, processes)
+    disable = None if processes.is_main else True  # None：不是终端就不显示
+    bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=disable)
+    clock = Estimate(total_steps, progress.step)
+    with stop_signals() as should_stop, contextlib.closing(writer), bar:
+        while progress.epoch < args.epochs and not stopping.should_stop:
+            train_loader.sampler.epoch = progress.epoch
+            train_loader.sampler.start = progress.window
+            meter = Meter(device, processes, progress.average)
             for batch in train_loader:
-                sums, grad_norm = train_step(
-                    loss_module,
-                    batch,
-                    optimizers,
-                    schedulers,
-                    max_grad_norm=args.max_grad_norm,
-                    processes=processes,
-                    device=device,
-                )
+                sums, grad_norm = updater.step(batch)
                 meter.add(sums)
-                step += 1
+                progress.window += 1
+                progress.step += 1
                 bar.update()
-                if step % args.log_step == 0:
+                clock.report(progress.step)
+                if progress.step % args.log_step == 0 or device.type == "cpu":
+                    updater.check_finite()
+                if progress.step % args.log_step == 0:
                     recent, speed = meter.read_recent()
-                    lr = schedulers[0].get_last_lr()[0]
                     bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
                     writer.write(
-                        step,
+                        progress.step,
                         train_loss=recent.loss,
                         train_accuracy=recent.accuracy,
-                        train_lr=lr,
-                        train_grad_norm=grad_norm,
+                        train_lr=updater.lr,
+                        train_grad_norm=float(grad_norm),
                         train_tokens_per_second=speed,
                     )
+                is_interrupted = processes.any(should_stop())
+                if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
+                    meter.read_recent()
+                    progress.average = meter.epoch
+                    save_progress()
+                if is_interrupted:
+                    logger.warning("interrupted: step=%d, continue with --resume", progress.step)
+                    return False
+            updater.check_finite()
             average, speed = meter.read_epoch()
-            validation = evaluate(loss_module, val_loader, processes=processes, device=device)
+            validation = evaluate(
+                updater.loss_module,
+                val_loader,
+                processes=processes,
+                device=device,
+                precision=updater.autocast(),
+            )
             writer.write(
-                step,
+                progress.step,
                 val_loss=validation.loss,
                 val_ppl=validation.ppl,
                 val_accuracy=validation.accuracy,
@@ -257,22 +275,51 @@ def train(
             logger.info(
                 "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
                 "tokens_per_second=%.0f",
-                epoch + 1,
+                progress.epoch + 1,
                 average.loss,
                 average.accuracy,
                 validation.loss,
                 validation.ppl,
-                schedulers[0].get_last_lr()[0],
+                updater.lr,
                 speed,
             )
-            save(f"epoch{epoch + 1}")
+            save(f"epoch{progress.epoch + 1}")
             if stopping.update(validation.loss):
                 save("min_ppl_model")
-            if stopping.should_stop:
-                logger.info(
-                    "early stop: epoch=%d best_val_loss=%.4f", epoch + 1, stopping.best_loss
-                )
-                break
+            progress.finish_epoch(average, validation, stopping)
+            save_progress()
+            if processes.is_main:
+                remove_old_checkpoints(args.save_model_dir, args.save_total_limit)
+                writer.write_text(progress.step, "samples", describe())
+    if stopping.should_stop:
+        logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)
+    return True
+
+
+def log_overview(
+    model: nn.Module,
+    loaders: tuple[DataLoader, DataLoader],
+    args: argparse.Namespace,
+    *,
+    precision: str,
+    devices: Sequence[torch.device],
+    processes: Processes,
+) -> None:
+    """开始时的一张表：每行一项。"""
+    train_loader, val_loader = loaders
+    rows = {
+        "num_params": model.num_parameters(),
+        "train_dialogues": len(train_loader.dataset),
+        "val_dialogues": len(val_loader.dataset),
+        "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
+        "dialogues_per_update": args.batch_size * args.gradient_accumulation_steps,
+        "updates": len(train_loader) * args.epochs,
+        "precision": precision,
+        "devices": ",".join(map(str, devices)),
+        "processes": processes.world_size,
+    }
+    for name, value in rows.items():
+        logger.info("%s=%s", name, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,34 +328,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = Processes.from_environment()
     configure_logging(args.log_path if processes.is_main else None, console=processes.is_main)
     quiet_transformers()
-    devices = choose_devices(args, processes)
-    logger.info("devices=%s world_size=%d", ",".join(map(str, devices)), processes.world_size)
     for name in ("log", "gpu0_bsz"):
         if getattr(args, name) is not None:
             logger.warning("--%s has no effect any more", name)
+    devices = choose_devices(args, processes)
+    with processes.join(devices[0]):
+        return run(args, devices, processes)
 
+
+def run(args: argparse.Namespace, devices: list[torch.device], processes: Processes) -> int:
+    """做好准备，训练，画出曲线；返回进程退出码。"""
+    device = devices[0]
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.vocab_path)
-    if args.pretrained_model:
-        model = load_model(args.pretrained_model)
-        check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
-    else:
-        model = build_model(args.model_config, tokenizer)
-    check_max_len(args.max_len, model.config.n_positions)
-    logger.info("num_params=%d", model.num_parameters())
-    pad_id = special_ids(tokenizer).pad
-    loaders = build_loaders(args, model.config.vocab_size, pad_id, processes)
-    model.to(devices[0]).train()
+    model = prepare_model(args, tokenizer)
+    table = load_token_table(args.train_path, model.config.vocab_size)
+    loaders = build_loaders(
+        table,
+        val_num=args.val_num,
+        max_len=args.max_len,
+        val_window=args.batch_size,
+        train_window=args.batch_size * args.gradient_accumulation_steps,
+        pad_id=special_ids(tokenizer).pad,
+        ignore_index=args.ignore_index,
+        width_multiple=COMPILED_WIDTH if args.compile else 1,
+        num_workers=args.num_workers,
+        seed=args.seed,
+        processes=processes,
+    )
+    model.to(device).train()
+    if args.compile:
+        model.transformer.compile()
+    precision = choose_precision(args.precision, device)
+    log_overview(model, loaders, args, precision=precision, devices=devices, processes=processes)
+
+    loss_module = parallelize(LossModule(model, args.ignore_index), devices, processes)
+    total_steps = len(loaders[0]) * args.epochs
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(MAX_WARMUP_STEPS, total_steps // 10)
+    optimizers = build_optimizers(model, args.optimizer, lr=args.lr, eps=args.eps)
+    updater = Updater(
+        loss_module,
+        optimizers,
+        build_schedulers(
+            optimizers, args.lr_schedule, warmup_steps=warmup_steps, total_steps=total_steps
+        ),
+        max_grad_norm=args.max_grad_norm,
+        precision=precision,
+        processes=processes,
+        device=device,
+    )
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
+    state_path = args.save_model_dir / STATE_NAME
+    identity = {
+        **{name: getattr(args, name) for name in UNCHANGEABLE},
+        **fingerprint(table, tokenizer, model),
+    }
+    parts = {"model": model, "updater": updater, "processes": processes, "device": device}
+    progress = Progress()
+    if args.resume and state_path.is_file():
+        progress = restore_state(load_state(state_path, identity), **parts)
+        logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
+    elif args.resume:
+        logger.info("resume: no %s, starting afresh", state_path)
 
     def save(name: str) -> None:
         if processes.is_main:
             save_checkpoint(args.save_model_dir / name, model, tokenizer)
 
-    with join_processes(processes, devices[0]):
-        loss_module = parallelize(LossModule(model, args.ignore_index), devices, processes)
-        train(loss_module, loaders, args, save=save, device=devices[0], processes=processes)
-    return 0
+    def save_progress() -> None:
+        save_state(state_path, progress=progress, identity=identity, **parts)
+
+    def describe() -> str:
+        sep = special_ids(tokenizer).sep
+        rows = [table[i].tolist() for i in loaders[1].dataset.indices[:NUM_SAMPLES]]
+        openings = [row[1 : row.index(sep) if sep in row else None] for row in rows]
+        return sample_replies(model, tokenizer, openings, device)
+
+    is_done = train(
+        updater,
+        loaders,
+        args,
+        progress,
+        save=save,
+        save_progress=save_progress,
+        describe=describe,
+    )
+    if processes.is_main:
+        curve_path = args.save_model_dir / "loss.png"
+        if save_loss_curve(curve_path, progress.train_losses, progress.val_losses):
+            logger.info("curve=%s", curve_path)
+    return 0 if is_done else EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

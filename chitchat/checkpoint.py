@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -142,6 +143,14 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
+
+
+def remove_old_checkpoints(save_model_dir: Path, limit: int) -> None:
+    """只保留编号最大的 limit 个 epoch 文件夹；limit 为 0 时全部保留。"""
+    folders = [p for p in save_model_dir.glob("epoch*") if p.name.removeprefix("epoch").isdigit()]
+    folders.sort(key=lambda path: int(path.name.removeprefix("epoch")))
+    for folder in folders[:-limit] if limit else []:
+        shutil.rmtree(folder)
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from chitchat.processes import Processes
 from chitchat.token_table import TokenTable
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # 与 torch 交叉熵的默认 ignore_index 一致
 
@@ -87,6 +91,7 @@ class LengthBucketSampler(Sampler[Window]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0  # 从本轮的第几个窗口开始，断点续训用
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.window_size)
@@ -100,7 +105,7 @@ class LengthBucketSampler(Sampler[Window]):
         starts = np.arange(len(self)) * self.window_size
         if self.shuffle:
             generator.shuffle(starts)
-        for start in starts:
+        for start in starts[self.start :]:
             window = order[start : start + self.window_size]
             num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
             yield Window(window[self.rank :: self.world_size].tolist(), num_targets)
@@ -117,6 +122,7 @@ class DialogueDataset(Dataset[Batch]):
         max_len: int,
         pad_id: int,
         ignore_index: int = IGNORE_INDEX,
+        width_multiple: int = 1,
     ) -> None:
         """建立数据集。
 
@@ -126,12 +132,14 @@ class DialogueDataset(Dataset[Batch]):
             max_len: 每段对话最多保留的 token 数，多余的截去。
             pad_id: [PAD] 的 id。
             ignore_index: labels 里补齐处的值。
+            width_multiple: 批次的宽度补齐到它的倍数。
         """
         self.table = table
         self.indices = indices
         self.max_len = max_len
         self.pad_id = pad_id
         self.ignore_index = ignore_index
+        self.width_multiple = width_multiple
         self.lengths = np.minimum(table.lengths[indices], max_len)
 
     def __len__(self) -> int:
@@ -141,11 +149,22 @@ class DialogueDataset(Dataset[Batch]):
         rows = [
             self.table[self.indices[i]][: self.max_len].astype(np.int64) for i in window.indices
         ]
-        return collate(rows, window.num_targets, pad_id=self.pad_id, ignore_index=self.ignore_index)
+        return collate(
+            rows,
+            window.num_targets,
+            pad_id=self.pad_id,
+            ignore_index=self.ignore_index,
+            width_multiple=self.width_multiple,
+        )
 
 
 def collate(
-    rows: Sequence[np.ndarray], num_targets: int, *, pad_id: int, ignore_index: int
+    rows: Sequence[np.ndarray],
+    num_targets: int,
+    *,
+    pad_id: int,
+    ignore_index: int,
+    width_multiple: int = 1,
 ) -> Batch:
     """右侧补齐成矩形；没有对话时给出一行全是补齐的占位，多进程的梯度同步才不会少一方。
 
@@ -154,8 +173,10 @@ def collate(
         num_targets: 原样放进结果。
         pad_id: input_ids 的补齐值。
         ignore_index: labels 的补齐值。
+        width_multiple: 宽度补齐到它的倍数。
     """
     width = max([2, *(len(row) for row in rows)])
+    width = -(-width // width_multiple) * width_multiple
     input_ids = torch.full((max(1, len(rows)), width), pad_id, dtype=torch.long)
     labels = torch.full_like(input_ids, ignore_index)
     for i, row in enumerate(rows):
@@ -163,3 +184,68 @@ def collate(
         input_ids[i, : len(row)] = tokens
         labels[i, : len(row)] = tokens
     return Batch(input_ids, labels, num_targets)
+
+
+def build_loaders(
+    table: TokenTable,
+    *,
+    val_num: int,
+    max_len: int,
+    train_window: int,
+    val_window: int,
+    pad_id: int,
+    ignore_index: int,
+    width_multiple: int,
+    num_workers: int,
+    seed: int,
+    processes: Processes,
+) -> tuple[DataLoader, DataLoader]:
+    """划分语料，给出训练集和验证集的 DataLoader。
+
+    Args:
+        table: 全部对话。
+        val_num: 留作验证的对话数，见 split_indices。
+        max_len: 每段对话最多保留的 token 数。
+        train_window: 一次参数更新的对话数，所有进程合计。
+        val_window: 验证时一次前向的对话数，所有进程合计。
+        pad_id: [PAD] 的 id。
+        ignore_index: labels 里补齐处的值。
+        width_multiple: 批次的宽度补齐到它的倍数。
+        num_workers: 读数据的子进程数，0 表示在主进程里读。
+        seed: 划分和次序的种子。
+        processes: 进程分工。
+    """
+    train_indices, val_indices, is_reduced = split_indices(len(table), val_num, seed)
+    if is_reduced:
+        logger.info("corpus is small: val_num=%d instead of %d", len(val_indices), val_num)
+
+    def build(indices: np.ndarray, window_size: int, *, shuffle: bool) -> DataLoader:
+        dataset = DialogueDataset(
+            table,
+            indices,
+            max_len=max_len,
+            pad_id=pad_id,
+            ignore_index=ignore_index,
+            width_multiple=width_multiple,
+        )
+        sampler = LengthBucketSampler(
+            dataset.lengths,
+            window_size=window_size,
+            seed=seed,
+            shuffle=shuffle,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # 不动用全局随机数，续训才能逐位相同
+        )
+
+    return (
+        build(train_indices, train_window, shuffle=True),
+        build(val_indices, val_window, shuffle=False),
+    )

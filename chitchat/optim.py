@@ -1,4 +1,4 @@
-"""优化器与学习率：AdamW、Muon，以及预热后线性下降的学习率。"""
+"""优化器与学习率：AdamW、Muon，以及先预热的学习率曲线。"""
 
 from __future__ import annotations
 
@@ -39,28 +39,36 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """更新一次；没有梯度的参数不动。"""
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for param in group["params"]:
                 if param.grad is not None:
                     same_shape.setdefault(param.shape, []).append(param)
             for params in same_shape.values():
-                self._update(params, group)
+                self._update(params, group, found_inf)
 
-    def _update(self, params: list[nn.Parameter], group: dict) -> None:
-        updates = []
-        for param in params:
-            state = self.state[param]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(param)
-            buffer = state["momentum_buffer"]
-            buffer.lerp_(param.grad, 1 - group["momentum"])
-            updates.append(param.grad.lerp(buffer, group["momentum"]))  # Nesterov
-        orthogonal = orthogonalize(torch.stack(updates))
+    def _update(self, params: list[nn.Parameter], group: dict, found_inf: Tensor | None) -> None:
+        """更新形状相同的一组参数；found_inf 不为零时在设备上原样保留，不必等待 GPU。"""
+        grads = torch.stack([param.grad for param in params])
+        momenta = [self._momentum(param) for param in params]
+        before = torch.stack(momenta)
+        after = before.lerp(grads, 1 - group["momentum"])
+        updates = orthogonalize(grads.lerp(after, group["momentum"])).to(grads.dtype)  # Nesterov
         lr = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-        for param, update in zip(params, orthogonal, strict=True):
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(update.to(param.dtype), alpha=-lr)
+        old = torch.stack(list(params))
+        new = old * (1 - group["lr"] * group["weight_decay"]) - lr * updates
+        if found_inf is not None:
+            is_bad = found_inf.bool()
+            after, new = torch.where(is_bad, before, after), torch.where(is_bad, old, new)
+        torch._foreach_copy_(momenta, list(after))
+        torch._foreach_copy_(params, list(new))
+
+    def _momentum(self, param: nn.Parameter) -> Tensor:
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        return state["momentum_buffer"]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -119,24 +127,34 @@ def build_optimizers(
     return optimizers
 
 
-def linear_schedule(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """学习率相对峰值的倍数：从 0 线性升到 1，再线性降到 0。
+def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """学习率相对峰值的倍数：先从 0 线性升到 1，再按 schedule 变化。
 
     Args:
         step: 已完成的更新次数，从 0 开始。
+        schedule: ``linear`` 线性降到 0，``cosine`` 按余弦降到 0，``constant`` 保持不变。
         warmup_steps: 预热的更新次数，0 表示不预热。
         total_steps: 全部更新次数。
     """
     if step < warmup_steps:
         return step / warmup_steps
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    if schedule == "constant":
+        return 1.0
+    num_decay_steps = max(1, total_steps - warmup_steps)
+    if schedule == "cosine":
+        progress = min(1.0, (step - warmup_steps) / num_decay_steps)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return max(0.0, (total_steps - step) / num_decay_steps)
 
 
 def build_schedulers(
-    optimizers: list[Optimizer], *, warmup_steps: int, total_steps: int
+    optimizers: list[Optimizer], schedule: str, *, warmup_steps: int, total_steps: int
 ) -> list[LambdaLR]:
-    """给每个优化器配上同一条线性学习率曲线。"""
-    schedule = functools.partial(
-        linear_schedule, warmup_steps=warmup_steps, total_steps=total_steps
+    """给每个优化器配上同一条学习率曲线，参数同 learning_rate_factor。"""
+    factor = functools.partial(
+        learning_rate_factor,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
     )
-    return [LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    return [LambdaLR(optimizer, factor) for optimizer in optimizers]

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,6 +108,9 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = main()
     except UserError as error:
         code = _complain(str(error))
+    except BrokenPipeError:
+        code = 0  # 例如接在 | head 前面：读的人走了，不算出错
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         reason = f"读写 {error.filename or '文件'} 失败：{error.strerror or error}"
         code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
@@ -205,6 +209,24 @@ def seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """收到 Ctrl+C 或 SIGTERM 时先记下，训练循环存好状态再停；第二次 Ctrl+C 立刻停。"""
+    received = []
+
+    def remember(signum: int, frame: object) -> None:
+        if received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """在旁边写临时文件，成功后一次换名；失败时原文件不变，临时文件被删除。
 
@@ -215,7 +237,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         供写入的临时路径。
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.part")
     try:
         yield partial
         _sync(partial)
@@ -235,19 +257,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         供写入的空文件夹。
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial = path.with_name(f".{path.name}.part")
+    retired = path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        for file in partial.iterdir():
-            _sync(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
         if path.exists():
             path.rename(retired)
         try:
             partial.rename(path)
-        except OSError:
+        except BaseException:
             if retired.exists():
                 retired.rename(path)
             raise

@@ -1,22 +1,28 @@
-"""训练的零件：一次参数更新、验证、早停、指标、进程分工。"""
+"""训练的观察与判断：按 token 平均、速度、验证、早停、TensorBoard、曲线图。"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from chitchat.dataset import Batch
-from chitchat.runtime import UserError
+from chitchat.decoding import Chatbot, SamplingOptions
+from chitchat.processes import Processes
+from chitchat.runtime import atomic_file
+from chitchat.tokenizer import decode_response
+
+logger = logging.getLogger(__name__)
+
+ESTIMATE_AFTER_SECONDS = 10
 
 
 @dataclass
@@ -75,12 +81,18 @@ class EarlyStopping:
 class MetricWriter:
     """把指标写进 TensorBoard；``log_dir`` 为 None 时什么也不做。"""
 
-    def __init__(self, log_dir: Path | None) -> None:
+    def __init__(self, log_dir: Path | None, first_step: int = 0) -> None:
+        """打开记录。
+
+        Args:
+            log_dir: TensorBoard 的文件夹，None 表示不写。
+            first_step: 断点续训的起点，此前一次运行写下的更晚的点不再显示。
+        """
         self._writer = None
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(log_dir))
+            self._writer = SummaryWriter(str(log_dir), purge_step=first_step or None)
 
     def write(self, step: int, **metrics: float) -> None:
         """写一组数；名字里的第一个下划线换成斜线，``train_loss`` 记作 ``train/loss``。"""
@@ -88,36 +100,15 @@ class MetricWriter:
             for name, value in metrics.items():
                 self._writer.add_scalar(name.replace("_", "/", 1), value, step)
 
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """写一段 Markdown 文字。"""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
     def close(self) -> None:
         """把缓冲写完。"""
         if self._writer is not None:
             self._writer.close()
-
-
-@dataclass(frozen=True)
-class Processes:
-    """torchrun 启动的一组进程中本进程的位置；不用 torchrun 时是唯一的一个。"""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Processes:
-        """读 torchrun 设置的环境变量。"""
-        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        return cls(*(int(os.environ.get(name, value)) for name, value in defaults.items()))
-
-    @property
-    def is_main(self) -> bool:
-        """写日志和文件的那一个。"""
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """各进程的同名张量相加，返回每个进程都有的和。"""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
 
 
 class Meter:
@@ -126,10 +117,20 @@ class Meter:
     各步的和先留在设备上，读取时才取回，因此不必每步等待 GPU。
     """
 
-    def __init__(self, device: torch.device, processes: Processes) -> None:
+    def __init__(
+        self, device: torch.device, processes: Processes, epoch: TokenAverage | None = None
+    ) -> None:
+        """开始累计。
+
+        Args:
+            device: 各步的和所在的设备。
+            processes: 进程分工，读取时各进程相加。
+            epoch: 断点续训时，本轮此前的累计。
+        """
         self._processes = processes
         self._recent = torch.zeros(3, dtype=torch.float64, device=device)
-        self._epoch = TokenAverage()
+        self.epoch = epoch or TokenAverage()
+        self._num_resumed = self.epoch.num_tokens
         self._started = self._last_read = time.perf_counter()
 
     def add(self, sums: Tensor) -> None:
@@ -138,10 +139,11 @@ class Meter:
 
     def read_recent(self) -> tuple[TokenAverage, float]:
         """上次读取以来的平均，以及每秒训练的 token 数（不含补齐）。"""
-        recent, now = TokenAverage(), time.perf_counter()
+        recent = TokenAverage()
         sums = self._processes.sum(self._recent)
         recent.add(sums)
-        self._epoch.add(sums)
+        self.epoch.add(sums)
+        now = time.perf_counter()
         speed = recent.num_tokens / max(now - self._last_read, 1e-9)
         self._recent.zero_()
         self._last_read = now
@@ -150,69 +152,84 @@ class Meter:
     def read_epoch(self) -> tuple[TokenAverage, float]:
         """整轮的平均，以及每秒训练的 token 数（不含补齐）。"""
         self.read_recent()
-        return self._epoch, self._epoch.num_tokens / max(self._last_read - self._started, 1e-9)
+        seconds = max(self._last_read - self._started, 1e-9)
+        return self.epoch, (self.epoch.num_tokens - self._num_resumed) / seconds
 
 
-def train_step(
-    loss_module: nn.Module,
-    batch: Batch,
-    optimizers: list[Optimizer],
-    schedulers: list[LRScheduler],
-    *,
-    max_grad_norm: float,
-    processes: Processes,
-    device: torch.device,
-) -> tuple[Tensor, float]:
-    """一次参数更新：前向、反向、裁剪一次、走一步。
+class Estimate:
+    """训练开始十秒后，估计整个训练还要多久，写一行日志。"""
 
-    Args:
-        loss_module: LossModule 或它的 DataParallel / DistributedDataParallel。
-        batch: 本进程的一份。
-        optimizers: 全部优化器。
-        schedulers: 与之对应的学习率曲线。
-        max_grad_norm: 梯度的 L2 范数上限。
-        processes: 进程分工。
-        device: 输入所在的设备。
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._started = time.perf_counter()
+        self._is_done = False
 
-    Returns:
-        三个和（形状 (3,)，本进程的 loss 之和、token 数、猜对数），以及裁剪前的梯度范数。
-
-    Raises:
-        UserError: loss 或梯度不是有限数；此时参数还没有被这一步改动。
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    sums = loss_module(batch.input_ids.to(device), batch.labels.to(device)).sum(dim=0)
-    # DistributedDataParallel 对各进程的梯度取平均，乘回进程数才是整个窗口的平均。
-    (sums[0] * (processes.world_size / max(1, batch.num_targets))).backward()
-    params = [param for group in _groups(optimizers) for param in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
-    if not math.isfinite(grad_norm):
-        raise UserError(
-            f"loss 或梯度不是有限数（loss 之和 {sums[0]:g}，梯度范数 {grad_norm:g}），"
-            "已在更新参数前停下；请减小 --lr，或检查 --pretrained_model 的权重"
-        )
-    for optimizer in optimizers:
-        optimizer.step()
-    for scheduler in schedulers:
-        scheduler.step()
-    return sums.detach(), float(grad_norm)
-
-
-def _groups(optimizers: list[Optimizer]) -> Iterable[dict]:
-    return (group for optimizer in optimizers for group in optimizer.param_groups)
+    def report(self, step: int) -> None:
+        """到时候就写，只写一次。"""
+        elapsed = time.perf_counter() - self._started
+        if not self._is_done and elapsed > ESTIMATE_AFTER_SECONDS:
+            self._is_done = True
+            rate = elapsed / (step - self._first_step)
+            minutes = rate * (self._total_steps - step) / 60
+            logger.info("estimated_minutes_left=%.1f seconds_per_step=%.3f", minutes, rate)
 
 
 @torch.no_grad()
 def evaluate(
-    loss_module: nn.Module, batches: Iterable[Batch], *, processes: Processes, device: torch.device
+    loss_module: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    processes: Processes,
+    device: torch.device,
+    precision: contextlib.AbstractContextManager | None = None,
 ) -> TokenAverage:
     """在全部验证对话上各算一次，多进程时每个进程算自己的一份再相加。"""
+    was_training = loss_module.training
     loss_module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        sums += loss_module(batch.input_ids.to(device), batch.labels.to(device)).sum(dim=0)
-    loss_module.train()
+        with precision or contextlib.nullcontext():
+            sums += loss_module(batch.input_ids.to(device), batch.labels.to(device)).sum(dim=0)
+    loss_module.train(was_training)
     average = TokenAverage()
     average.add(processes.sum(sums))
     return average
+
+
+def save_loss_curve(path: Path, train_losses: Sequence[float], val_losses: Sequence[float]) -> bool:
+    """画出每轮的训练和验证 loss；没有安装 matplotlib 时不画，返回是否画了。"""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = range(1, len(train_losses) + 1)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(epochs, train_losses, marker="o", label="train/loss")
+    axes.plot(epochs, val_losses, marker="o", label="val/loss")
+    axes.set(xlabel="epoch", ylabel="loss (nat per token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def sample_replies(
+    model: nn.Module, tokenizer: Tokenizer, openings: Sequence[Sequence[int]], device: torch.device
+) -> str:
+    """用现在的模型回答几句验证集里的开场白，写成 Markdown；不动用全局随机数。"""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        bot = Chatbot(model, tokenizer)
+        replies = [bot.reply([opening], SamplingOptions())[0] for opening in openings]
+    model.train()
+    return "\n\n".join(
+        f"- {decode_response(tokenizer, opening)}\n- → {decode_response(tokenizer, reply)}"
+        for opening, reply in zip(openings, replies, strict=True)
+    )

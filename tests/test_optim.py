@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from chitchat.loss import LossModule
 from chitchat.optim import (
     Muon,
     build_optimizers,
     build_schedulers,
-    linear_schedule,
+    learning_rate_factor,
     orthogonalize,
 )
 
@@ -117,24 +121,37 @@ SCHEDULES = [(0, 10), (3, 10), (10, 10), (1, 1), (0, 1), (20, 10)]
 
 
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), SCHEDULES)
-def test_schedule_is_that_of_transformers(warmup_steps, total_steps):
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("linear", get_linear_schedule_with_warmup),
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("constant", lambda o, warmup, total: get_constant_schedule_with_warmup(o, warmup)),
+    ],
+)
+def test_schedule_is_that_of_transformers(name, theirs, warmup_steps, total_steps):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps)
-    for step in range(total_steps + 3):
-        factor = linear_schedule(step, warmup_steps=warmup_steps, total_steps=total_steps)
+    scheduler = theirs(optimizer, warmup_steps, total_steps)
+    for step in range(total_steps + 1):
+        factor = learning_rate_factor(
+            step, schedule=name, warmup_steps=warmup_steps, total_steps=total_steps
+        )
         assert factor == pytest.approx(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
 
 
-def test_schedule_by_hand():
-    factors = [linear_schedule(step, warmup_steps=2, total_steps=6) for step in range(8)]
+def test_linear_schedule_by_hand():
+    factors = [
+        learning_rate_factor(step, schedule="linear", warmup_steps=2, total_steps=6)
+        for step in range(8)
+    ]
     assert factors == [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]
 
 
 def test_all_optimizers_follow_the_same_schedule(make_model):
     optimizers = build_optimizers(make_model(), "muon", lr=0.5, eps=1e-8)
-    schedulers = build_schedulers(optimizers, warmup_steps=2, total_steps=4)
+    schedulers = build_schedulers(optimizers, "linear", warmup_steps=2, total_steps=4)
     rates = []
     for _ in range(5):
         rates.append([group["lr"] for o in optimizers for group in o.param_groups])

@@ -1,0 +1,75 @@
+"""多进程训练的分工：torchrun 启动的一组进程里，本进程是哪一个，怎样相加、商量和收集。"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """本进程的位置；不用 torchrun 时是唯一的一个，所有方法都原样返回。"""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Processes:
+        """读 torchrun 设置的环境变量。"""
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        return cls(*(int(os.environ.get(name, value)) for name, value in defaults.items()))
+
+    @property
+    def is_main(self) -> bool:
+        """写日志和文件的那一个。"""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def join(self, device: torch.device) -> Iterator[None]:
+        """加入进程组，结束时离开：GPU 上的张量走 NCCL，CPU 上的走 Gloo。"""
+        if self.world_size == 1:
+            yield
+            return
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """各进程的同名张量相加；原地修改并返回 values。"""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """任何一个进程的 flag 为真，所有进程都得到真。"""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, value: object) -> list[object]:
+        """收集各进程的一个小对象，按 rank 排列，每个进程都得到整个列表。"""
+        if self.world_size == 1:
+            return [value]
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def parallelize(
+    loss_module: nn.Module, devices: list[torch.device], processes: Processes
+) -> nn.Module:
+    """按设备和进程数套上 DataParallel 或 DistributedDataParallel。"""
+    if processes.world_size > 1:
+        return nn.parallel.DistributedDataParallel(
+            loss_module, device_ids=devices if devices[0].type == "cuda" else None
+        )
+    if len(devices) > 1:
+        return nn.DataParallel(loss_module, device_ids=devices)
+    return loss_module

@@ -1,0 +1,229 @@
+"""一次参数更新：混合精度、放不下就拆开、裁剪、非有限数不更新。
+
+形状记号: B 窗口里的对话数   T 本窗口最长对话的 token 数
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from chitchat.dataset import Batch
+from chitchat.processes import Processes
+from chitchat.runtime import UserError
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Updater:
+    """对一个窗口做前向、反向，然后让各优化器走一步。
+
+    Attributes:
+        max_rows: 一次前向最多的对话数；显存（内存）不足时减半并记住。
+    """
+
+    def __init__(
+        self,
+        loss_module: nn.Module,
+        optimizers: list[Optimizer],
+        schedulers: list[LRScheduler],
+        *,
+        max_grad_norm: float,
+        precision: str,
+        processes: Processes,
+        device: torch.device,
+    ) -> None:
+        """建立更新器。
+
+        Args:
+            loss_module: LossModule 或它的 DataParallel / DistributedDataParallel。
+            optimizers: 全部优化器，都支持 ``found_inf``（fused AdamW 和本项目的 Muon）。
+            schedulers: 与之对应的学习率曲线。
+            max_grad_norm: 梯度 L2 范数的上限。
+            precision: ``fp32``、``bf16`` 或 ``fp16``；fp16 时 loss 会自动缩放。
+            processes: 进程分工。
+            device: 输入所在的设备。
+        """
+        self.loss_module = loss_module
+        self.optimizers = optimizers
+        self.schedulers = schedulers
+        self.max_grad_norm = max_grad_norm
+        self.precision = precision
+        self.processes = processes
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.max_rows: int | None = None
+        self._largest_done = 0
+        self._params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        self._num_bad_steps = torch.zeros((), device=device)
+
+    @property
+    def lr(self) -> float:
+        """现在的学习率。"""
+        return self.schedulers[0].get_last_lr()[0]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """前向所用的精度。"""
+        return torch.autocast(
+            self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"
+        )
+
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """一次参数更新。
+
+        Returns:
+            三个和（形状 (3,)，本进程的 loss 之和、token 数、猜对数），以及裁剪前的梯度范数
+            （标量张量）；都留在设备上。梯度不是有限数时参数和优化器的状态不变。
+        """
+        sums = self._accumulate(batch)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self._params, self.max_grad_norm, foreach=True)
+        if self.scaler.is_enabled():
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            is_bad = (~torch.isfinite(grad_norm)).float()
+            self._num_bad_steps += is_bad
+            for optimizer in self.optimizers:
+                optimizer.found_inf = is_bad  # 不为零时优化器在设备上跳过这一步，不必等待 GPU
+                optimizer.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        return sums, grad_norm
+
+    def check_finite(self) -> None:
+        """确认此前各步都是有限数；GPU 上这要等待，所以隔几步才问一次。
+
+        Raises:
+            UserError: 出现过 NaN 或 Inf；那些步没有改动参数。
+        """
+        is_scale_lost = self.scaler.is_enabled() and self.scaler.get_scale() < 2**-10
+        if self._num_bad_steps.item() or is_scale_lost:
+            raise UserError(
+                "loss 或梯度出现 NaN 或 Inf，已停下，参数没有被它改动："
+                "请减小 --lr，检查 --pretrained_model 的权重，或用 --precision fp32"
+            )
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """前向和反向整个窗口；放不下时减半重来，不漏算也不重复算。"""
+        while True:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._forward_backward(batch)
+            except RuntimeError as error:  # torch.OutOfMemoryError 也是它的子类
+                if not _is_out_of_memory(error):
+                    raise
+                reason = str(error).split("\n")[0]
+            # 离开 except 之后，失败的那次前向才会被释放。
+            rows = min(len(batch.input_ids), self.max_rows or len(batch.input_ids))
+            if rows == 1:
+                raise UserError(
+                    f"一段 {batch.input_ids.size(1)} 个 token 的对话也放不下（{reason}）："
+                    "请减小 --max_len、换小一些的模型，或加 --gradient_checkpointing"
+                )
+            self.max_rows = (rows + 1) // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning("out of memory: max dialogues per forward=%d", self.max_rows)
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        rows = self.max_rows or len(batch.input_ids)
+        parts = list(zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True))
+        is_ddp = isinstance(self.loss_module, DistributedDataParallel)
+        size = parts[0][0].numel()
+        if is_ddp and size > self._largest_done:
+            # 头一次遇到这么大的形状，可能放不下：先不同步地算完，再用一行空白触发梯度同步，
+            # 这样一个进程重来时，别的进程只是在等它。
+            input_ids, labels = parts[0]
+            parts.append((input_ids[:1, :2], torch.full_like(labels[:1, :2], self._ignore_index)))
+        sums = torch.zeros(3, device=self.device)
+        for i, (input_ids, labels) in enumerate(parts):
+            is_last = i == len(parts) - 1
+            with self.loss_module.no_sync() if is_ddp and not is_last else contextlib.nullcontext():
+                sums += self._micro_step(input_ids, labels, batch.num_targets)
+        self._largest_done = max(self._largest_done, size)
+        return sums
+
+    def _micro_step(self, input_ids: Tensor, labels: Tensor, num_targets: int) -> Tensor:
+        """一次前向和反向；input_ids 与 labels 形状 (B, T)，返回形状 (3,)。"""
+        input_ids = input_ids.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        with self.autocast():
+            sums = self.loss_module(input_ids, labels).sum(dim=0)
+        # DistributedDataParallel 对各进程的梯度取平均，乘回进程数才是整个窗口的平均。
+        loss = sums[0] * (self.processes.world_size / max(1, num_targets))
+        self.scaler.scale(loss).backward()
+        return sums.detach()
+
+    @property
+    def _ignore_index(self) -> int:
+        return getattr(self.loss_module, "module", self.loss_module).ignore_index
+
+    def state_dict(self) -> dict:
+        """断点续训所需的状态。"""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": self.scaler.state_dict(),
+            "max_rows": self.max_rows,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """恢复 state_dict 给出的状态；学习率按现在的曲线重算，因此轮数可以增加。"""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+            lrs = [
+                base * f(scheduler.last_epoch)
+                for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+        self.scaler.load_state_dict(state["scaler"])
+        self.max_rows = state["max_rows"]
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """把 ``auto`` 变成具体的精度。
+
+    有 bf16 硬件用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32。CPU 是否有 bf16 指令靠实测：
+    没有时 bf16 矩阵乘法比 fp32 慢几十倍，有时快几倍，不会认错。
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    return "bf16" if _is_cpu_faster_in_bf16() else "fp32"
+
+
+def _is_cpu_faster_in_bf16(size: int = 256) -> bool:
+    import time
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        matrix @ matrix
+        started = time.perf_counter()
+        for _ in range(3):
+            matrix @ matrix
+        seconds[dtype] = time.perf_counter() - started
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """GPU 显存不足，或 CPU 上申请不到内存。"""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
