@@ -1,0 +1,160 @@
+"""训练速度：参考实现的循环与本项目的循环，同一份语料、同一个模型，一次运行里先后计时。
+
+用法: python tests/benchmarks/train_speed.py --train_path data/train.pkl
+每种做法各开一个子进程，内存峰值因此互不影响。
+"""
+
+import argparse
+import json
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import reference_loop  # noqa: E402
+
+from chitchat.dataset import build_loaders  # noqa: E402
+from chitchat.loss import LossModule  # noqa: E402
+from chitchat.optim import build_optimizers, build_schedulers  # noqa: E402
+from chitchat.processes import Processes  # noqa: E402
+from chitchat.runtime import quiet_transformers  # noqa: E402
+from chitchat.token_table import load_token_table  # noqa: E402
+from chitchat.updater import Updater, choose_precision  # noqa: E402
+
+
+def train_ours(model, table, args, *, batch_size, accumulation, device):
+    loader, _ = build_loaders(
+        table,
+        val_num=1,
+        max_len=150,
+        train_window=batch_size * accumulation,
+        val_window=batch_size,
+        pad_id=0,
+        ignore_index=-100,
+        width_multiple=1,
+        num_workers=0,
+        seed=0,
+        processes=Processes(),
+    )
+    optimizers = build_optimizers(model, args.optimizer, lr=1e-3, eps=1e-9)
+    updater = Updater(
+        LossModule(model),
+        optimizers,
+        build_schedulers(optimizers, "linear", warmup_steps=100, total_steps=10**6),
+        max_grad_norm=2.0,
+        precision=choose_precision(args.precision, device),
+        processes=Processes(),
+        device=device,
+    )
+    model.train()
+    num_tokens = num_padding = 0
+    started = time.perf_counter()
+    while True:
+        for batch in loader:
+            updater.step(batch)
+            num_tokens += batch.num_targets
+            num_padding += batch.input_ids.numel() - len(batch.input_ids) - batch.num_targets
+            elapsed = time.perf_counter() - started
+            if elapsed >= args.seconds:
+                return num_tokens, num_padding, elapsed
+        loader.sampler.epoch += 1
+
+
+def matrix_rate(device, dtype, size=2048, seconds=2.0):
+    """大矩阵乘法的速度，FLOP 每秒。"""
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    matrix @ matrix
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return 2 * size**3 * count / elapsed
+
+
+def run_variant(args):
+    quiet_transformers()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.variant == "rate":
+        rates = {str(d)[6:]: matrix_rate(device, d) for d in (torch.float32, torch.bfloat16)}
+        print(json.dumps(rates))
+        return
+    torch.manual_seed(0)
+    config = json.loads(args.model_config.read_text(encoding="utf-8"))
+    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
+    if args.variant.startswith("reference"):
+        with args.train_path.open("rb") as file:
+            dialogues = pickle.load(file)
+        size = args.batch_size if args.variant == "reference_equal" else reference_loop.BATCH_SIZE
+        num_tokens, num_padding, seconds = reference_loop.train(
+            model, dialogues, seconds=args.seconds, device=device, batch_size=size
+        )
+    else:
+        table = load_token_table(args.train_path, model.config.vocab_size)
+        batch_size, accumulation = (4, 4) if args.variant == "defaults" else (args.batch_size, 1)
+        num_tokens, num_padding, seconds = train_ours(
+            model, table, args, batch_size=batch_size, accumulation=accumulation, device=device
+        )
+    positions = model.transformer.wpe.weight.numel()
+    result = {
+        "speed": num_tokens / seconds,
+        "padding": num_padding / (num_tokens + num_padding),
+        # 前向和反向每个 token 每个权重 6 次浮点运算；位置向量不参与矩阵乘法。
+        "flops": 6 * (model.num_parameters() - positions) * num_tokens / seconds,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    if device.type == "cuda":
+        result["memory"] = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps(result))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train_path", type=Path, default=Path("data/train.pkl"))
+    parser.add_argument("--model_config", type=Path, default=ROOT / "model/config.json")
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        run_variant(args)
+        return
+
+    def measure(variant):
+        command = [sys.executable, *sys.argv, "--variant", variant]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return json.loads(output.strip().split("\n")[-1])
+
+    rates = measure("rate")
+    print("  ".join(f"{name}: {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
+    best = max(rates.values())
+    rows = {
+        "reference (batch 4 x 4)": measure("reference"),
+        f"reference (batch {args.batch_size})": measure("reference_equal"),
+        "ours, defaults (batch 4 x 4)": measure("defaults"),
+        f"ours, --batch_size {args.batch_size}": measure("ours"),
+    }
+    base = rows["reference (batch 4 x 4)"]["speed"]
+    print(f"{'':30} tokens/s   ratio  matrix rate  padding  peak memory")
+    for name, row in rows.items():
+        print(
+            f"{name:30} {row['speed']:8.1f} {row['speed'] / base:6.2f}x {row['flops'] / best:11.0%}"
+            f" {row['padding']:8.1%} {row['memory']:9.2f} GiB"
+        )
+    hours = 500_000 * 25 / rows[f"ours, --batch_size {args.batch_size}"]["speed"] / 3600
+    print(f"one epoch of 500,000 dialogues of 25 tokens: {hours:.1f} h")
+
+
+if __name__ == "__main__":
+    main()
