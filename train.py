@@ -154,8 +154,8 @@ def add_output_options(add: Callable) -> None:
         help="检查点放在哪个文件夹下（默认 %(default)s）")
     add("--log_path", type=Path, default=Path("data/train.log"), metavar="FILE",
         help="日志，追加写入（默认 %(default)s）")
-    add("--log_step", type=count, default=50, metavar="STEPS",
-        help="每多少次参数更新写一次 TensorBoard（默认 %(default)s）")
+    add("--log_step", type=count, default=10, metavar="STEPS",
+        help="每多少次参数更新更新进度条、写一次 TensorBoard（默认 %(default)s）")
     add("--log", nargs="?", help="已不起作用：总是写日志")
     add("--resume", action="store_true",
         help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")

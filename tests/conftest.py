@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from chitchat.tokenizer import load_tokenizer
+
+torch.set_num_threads(1)  # 几十个数的模型，多线程只会互相等待
 
 ROOT = Path(__file__).resolve().parent.parent
 UNUSED = [f"[unused{i}]" for i in range(1, 100)]
@@ -92,3 +95,40 @@ def config_path(tmp_path: Path) -> Path:
     path = tmp_path / "tiny_config.json"
     path.write_text(json.dumps(TINY_CONFIG), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def make_bigram_model(make_model, tokenizer):
+    """建立只看上一个 token 的模型，每个 token 的下一个由测试指定，因此可以手算。
+
+    词向量是 one-hot，各层什么也不加，输出层就是转移表；没有指定的 logits 接近 0。
+    """
+
+    def make(next_logits: dict[str, dict[str, float]], **fields: object) -> GPT2LMHeadModel:
+        width = len(TINY_VOCAB) + len(TINY_VOCAB) % 2
+        model = make_model(n_embd=width, n_layer=1, tie_word_embeddings=False, **fields)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "ln_" not in name:
+                    param.zero_()
+            model.transformer.wte.weight[:, : len(TINY_VOCAB)] = torch.eye(len(TINY_VOCAB))
+            peak = torch.nn.functional.layer_norm(torch.eye(1, width), (width,)).max()
+            for token, logits in next_logits.items():
+                for next_token, logit in logits.items():
+                    row, column = map(tokenizer.token_to_id, (next_token, token))
+                    model.lm_head.weight[row, column] = logit / peak
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_parrot(make_bigram_model):
+    """建立总是回同一句话的模型；各字互不相同。"""
+
+    def make(reply: str, **fields: object) -> GPT2LMHeadModel:
+        chain = ["[SEP]", *reply, "[SEP]"]
+        pairs = itertools.pairwise(chain)
+        return make_bigram_model({token: {after: 80.0} for token, after in pairs}, **fields)
+
+    return make

@@ -1,0 +1,300 @@
+"""模型文件夹：写出来完整、标准，读回来一模一样；读不了的说清原因。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_VOCAB
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GenerationConfig,
+    pipeline,
+)
+
+from chitchat.checkpoint import (
+    build_model,
+    check_vocab_size,
+    load_model,
+    load_model_tokenizer,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from chitchat.runtime import UserError
+from chitchat.tokenizer import encode_utterances, load_tokenizer
+
+INPUT_IDS = torch.tensor([[101, 110, 111, 102, 120]])
+CLS, SEP = 101, 102
+
+
+def say(*texts: str) -> list[dict[str, str]]:
+    """轮流说话的 messages，第一句是用户说的。"""
+    roles = ["user", "assistant"]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def saved(tmp_path, make_parrot, tokenizer) -> Path:
+    save_checkpoint(tmp_path / "epoch1", make_parrot("早上好，吃饭了吗"), tokenizer)
+    return tmp_path / "epoch1"
+
+
+def test_round_trip_is_exact(tmp_path, make_model, tokenizer):
+    model = make_model()
+    save_checkpoint(tmp_path / "epoch1", model, tokenizer)
+    loaded = load_model(str(tmp_path / "epoch1"))
+    theirs = loaded.state_dict()
+    assert theirs.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(theirs[name], value), name
+    again = load_model_tokenizer(str(tmp_path / "epoch1"), None)
+    assert again.get_vocab() == {token: i for i, token in enumerate(TINY_VOCAB)}
+
+
+def test_folder_has_everything_and_nothing_half_written_beside_it(saved):
+    names = {path.name for path in saved.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "vocab.txt"} <= names
+    assert (saved / "vocab.txt").read_bytes() == ("\n".join(TINY_VOCAB) + "\n").encode()
+    assert [path.name for path in saved.parent.iterdir() if path.is_dir()] == ["epoch1"]
+
+
+def test_failed_save_leaves_the_old_folder_as_it_was(saved, make_model, tokenizer, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(saved, make_model(), tokenizer)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir() if path.is_dir()] == ["epoch1"]
+
+
+def test_only_the_newest_epoch_folders_are_kept(tmp_path):
+    names = ["epoch2", "epoch9", "epoch10", "epoch11", "min_ppl_model", "epochs", "runs"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    remove_old_checkpoints(tmp_path, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {*names}
+    remove_old_checkpoints(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {*names} - {"epoch2", "epoch9"}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["你好"],
+        ["你好", "早上好！", "吃饭了吗？"],
+        ["Hello 你好 i'm 3.14", "😂😂 ok"],
+        ["我说[SEP]你说[CLS]", "[PAD]", "[UNK] [MASK]x[SEP]"],
+        ["[sep]", "[[SEP]]", "[unused1]", " 前后有空格 "],
+    ],
+)
+def test_chat_template_gives_the_ids_that_training_used(texts, tmp_path, make_model):
+    tokenizer = load_tokenizer(ROOT / "vocab" / "vocab.txt")
+    save_checkpoint(tmp_path / "epoch1", make_model(vocab_size=13317), tokenizer)
+    wrapped = AutoTokenizer.from_pretrained(tmp_path / "epoch1")
+    expected = [CLS]
+    for token_ids in encode_utterances(tokenizer, texts):
+        expected += [*token_ids, SEP]
+    rendered = wrapped.apply_chat_template(say(*texts), tokenize=True)
+    assert rendered["input_ids"] == expected
+    assert expected.count(SEP) == len(texts)
+    assert expected.count(CLS) == 1
+    assert 0 not in expected
+
+
+def test_transformers_reads_the_folder_as_it_is(saved, make_parrot):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    generation_config = GenerationConfig.from_pretrained(saved)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    expected = make_parrot("早上好，吃饭了吗")(INPUT_IDS).logits
+    assert torch.equal(model.eval()(INPUT_IDS).logits, expected)
+    found = (generation_config.bos_token_id, generation_config.eos_token_id)
+    assert (*found, generation_config.pad_token_id) == (CLS, SEP, 0)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (CLS, SEP, 0)
+    assert set(tokenizer("你好")) == {"input_ids", "attention_mask"}
+    assert tokenizer.model_max_length == 64
+
+
+def test_pipeline_replies_up_to_sep_without_special_tokens_or_blanks(saved):
+    chat = pipeline("text-generation", model=str(saved))
+    messages = chat(say("你好[SEP]", "早", "晚安"))[0]["generated_text"]
+    assert messages[-1] == {"role": "assistant", "content": "早上好，吃饭了吗"}
+
+
+def test_pipeline_never_generates_a_special_or_unused_token(tmp_path, make_bigram_model, tokenizer):
+    favoured = {"[UNK]": 90.0, "[PAD]": 90.0, "[CLS]": 90.0, "[MASK]": 90.0, "[unused7]": 90.0}
+    model = make_bigram_model(
+        {"[SEP]": {**favoured, "早": 60.0}, "早": {**favoured, "[SEP]": 60.0}}
+    )
+    save_checkpoint(tmp_path / "epoch1", model, tokenizer)
+    messages = pipeline("text-generation", model=str(tmp_path / "epoch1"))(say("你好"))
+    assert messages[0]["generated_text"][-1]["content"] == "早"
+
+
+# ---- 参考实现公开的权重 ----
+
+
+@pytest.fixture
+def make_published(tmp_path, make_model):
+    """2019、2020 年的 transformers 存下的文件夹：旧字段、旧缓冲区、没有 tokenizer。"""
+
+    def make(prefix: str, mask_type: torch.dtype):
+        model = make_model(activation_function="gelu_new").eval()
+        config = {
+            **{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"]},
+            **{"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "finetuning_task": None},
+            **{"gradient_checkpointing": False, "initializer_range": 0.02, "model_type": "gpt2"},
+            **{"layer_norm_epsilon": 1e-5, "n_ctx": 64, "n_embd": 16, "n_head": 2, "n_layer": 2},
+            **{"n_positions": 64, "n_inner": None, "num_labels": 1, "output_attentions": False},
+            **{"output_hidden_states": False, "output_past": True, "pruned_heads": {}},
+            **{"summary_type": "cls_index", "torchscript": False, "use_bfloat16": False},
+            **{"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 400}}},
+            **{"transformers_version": "4.2.0", "use_cache": True, "vocab_size": len(TINY_VOCAB)},
+        }
+        weights = {
+            name.replace("transformer.", prefix): v for name, v in model.state_dict().items()
+        }
+        for layer in range(2):
+            mask = torch.ones(64, 64).tril().to(mask_type)[None, None]
+            weights[f"{prefix}h.{layer}.attn.bias"] = mask
+            weights[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        directory = tmp_path / "published"
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        torch.save(weights, directory / "pytorch_model.bin")
+        return directory, model
+
+    return make
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("mask_type", [torch.uint8, torch.float32])
+def test_published_weights_give_equal_logits(prefix, mask_type, make_published):
+    directory, model = make_published(prefix, mask_type)
+    logits = load_model(str(directory)).eval()(INPUT_IDS).logits
+    assert torch.equal(logits, model(INPUT_IDS).logits)
+
+
+def test_published_weights_need_the_vocabulary_and_the_user_is_told(make_published, vocab_path):
+    directory, _ = make_published("transformer.", torch.uint8)
+    with pytest.raises(UserError) as error:
+        load_model_tokenizer(str(directory), None)
+    for name in (str(directory), "tokenizer.json", "vocab.txt", "--vocab_path", "token id"):
+        assert name in str(error.value)
+    assert load_model_tokenizer(str(directory), vocab_path).token_to_id("[SEP]") == SEP
+
+
+# ---- 读不了的文件夹 ----
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}), encoding="utf-8")
+
+
+def drop_weights(directory: Path, word: str) -> None:
+    weights = load_model(str(directory)).state_dict()
+    (directory / "model.safetensors").unlink()
+    kept = {name: value for name, value in weights.items() if word not in name}
+    torch.save(kept, directory / "pytorch_model.bin")
+
+
+def save_bert(directory: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(TINY_VOCAB), intermediate_size=16, is_decoder=True, **sizes)
+    BertLMHeadModel(config).save_pretrained(directory)
+
+
+BREAKAGES = {
+    "no config": (lambda d: (d / "config.json").unlink(), ["缺少 config.json"]),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        ["没有权重", "model.safetensors", "pytorch_model.bin"],
+    ),
+    "corrupt config": (lambda d: (d / "config.json").write_text("{"), ["config.json"]),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json"]),
+    "not GPT-2": (save_bert, ["GPT-2", "bert"]),
+    "other width": (lambda d: edit_config(d, n_embd=32), ["GPT-2"]),
+    "incomplete": (lambda d: drop_weights(d, "h.0.mlp.c_fc.bias"), ["不完整", "c_fc.bias", "1 项"]),
+    "truncated safetensors": (
+        lambda d: (d / "model.safetensors").write_bytes(b"\x10\0\0\0"),
+        ["model.safetensors"],
+    ),
+    "corrupt bin": (
+        lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_bytes(b"PK junk")),
+        ["GPT-2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_broken_folder_is_explained(breakage, tmp_path, make_model, tokenizer):
+    directory = tmp_path / "epoch3"
+    save_checkpoint(directory, make_model(), tokenizer)
+    break_it, named = BREAKAGES[breakage]
+    break_it(directory)
+    with pytest.raises(UserError) as error:
+        load_model(str(directory))
+    for name in (str(directory), *named):
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "model/epoch9", "a/b/c", "/no/such/folder", "notes.txt"]
+)
+def test_missing_folder_is_named_with_the_ones_there_are(name, tmp_path, make_model, tokenizer):
+    (tmp_path / "notes.txt").write_text("不是文件夹", encoding="utf-8")
+    save_checkpoint(tmp_path / "model" / "epoch3", make_model(), tokenizer)
+    for load in (load_model, lambda path: load_model_tokenizer(path, None)):
+        with pytest.raises(UserError, match=f"找不到模型文件夹 {name}") as error:
+            load(name)
+        is_beside = name == "model/epoch9"
+        assert ("model/epoch3" in str(error.value)) == is_beside
+        assert ("python train.py" in str(error.value)) == (not is_beside)
+
+
+def test_hub_name_that_cannot_be_fetched_is_named():
+    with pytest.raises(UserError, match="someone/some-model"):
+        load_model("someone/some-model")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, ["找不到模型结构", "--model_config"]),
+        ("{", ["不是合法的 GPT-2 结构"]),
+        ("[]", ["不是合法的 GPT-2 结构"]),
+        ('{"vocab_size": 99}', ["vocab_size", "99", str(len(TINY_VOCAB)), "--vocab_path"]),
+        (f'{{"vocab_size": {len(TINY_VOCAB)}, "n_embd": 15, "n_head": 2}}', ["建不成模型"]),
+        (f'{{"vocab_size": {len(TINY_VOCAB)}, "activation_function": "x"}}', ["建不成模型"]),
+    ],
+)
+def test_bad_model_config_is_explained(text, named, tmp_path, tokenizer):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        build_model(path, tokenizer)
+    for name in (str(path), *named):
+        assert name in str(error.value)
+
+
+def test_model_from_config_gets_the_special_ids_of_the_vocabulary(tmp_path, tokenizer):
+    path = tmp_path / "config.json"
+    fields = {"vocab_size": len(TINY_VOCAB), "n_embd": 16, "n_head": 2, "n_layer": 1}
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    config = build_model(path, tokenizer).config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (CLS, SEP, 0)
+
+
+def test_vocabulary_of_another_size_names_both_numbers_and_the_source(tokenizer):
+    with pytest.raises(UserError) as error:
+        check_vocab_size(13317, tokenizer, "model/epoch7")
+    for name in ("model/epoch7", "13317", str(len(TINY_VOCAB)), "--vocab_path"):
+        assert name in str(error.value)

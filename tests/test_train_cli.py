@@ -1,0 +1,474 @@
+"""train.py：从头到尾各跑几步，看写下的文件、日志、续训和出错时的一句话。"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import pickle
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_CONFIG, TINY_VOCAB
+from safetensors.torch import load_file
+from sklearn.model_selection import train_test_split
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+import train
+from chitchat.checkpoint import build_model
+from chitchat.runtime import UserError, configure_logging, run_cli
+from chitchat.state import STATE_NAME
+
+NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
+EPOCH_LINE = re.compile(
+    r"epoch=(\d+) train_loss=(\d+\.\d{4}) train_acc=(0\.\d{4}) val_loss=(\d+\.\d{4}) "
+    r"val_ppl=(\d+\.\d{2}) lr=(\d\.\de[+-]\d\d) tokens_per_second=(\d+)$",
+    re.MULTILINE,
+)
+
+
+DRAW_CURVE = train.save_loss_curve
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_tidy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """画图占去一次短训练的一半时间，只在一个测试里画。"""
+    monkeypatch.setattr(train, "save_loss_curve", lambda *_: False)
+    yield
+    configure_logging(None, console=False)
+    logging.getLogger("chitchat").propagate = True
+
+
+def make_dialogues(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    dialogues = []
+    for i in range(NUM_DIALOGUES):
+        words = torch.randint(104, len(TINY_VOCAB), (2 + i % 7,), generator=generator)
+        dialogues.append([101, *words.tolist(), 102, int(words[0]), 102])
+    return dialogues
+
+
+def write_pickle(path: Path, content: object) -> Path:
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    return path
+
+
+def write_config(path: Path, **fields: object) -> Path:
+    path.write_text(json.dumps({**TINY_CONFIG, **fields}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, vocab_path: Path, config_path: Path) -> Callable[..., Path]:
+    """训练两轮，每轮五次更新，返回检查点所在的文件夹；关键字参数改换或追加选项。"""
+    corpus_path = write_pickle(tmp_path / "train.pkl", make_dialogues())
+
+    def run_main(name: str = "model", *, code: int = 0, **options: object) -> Path:
+        folder = tmp_path / name
+        values = {
+            "train_path": corpus_path,
+            "vocab_path": vocab_path,
+            "model_config": config_path,
+            "save_model_path": folder,
+            "log_path": folder / "train.log",
+            "max_len": 64,
+            "epochs": 2,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "warmup_steps": 0,
+            "precision": "fp32",
+            **options,
+        }
+        argv = ["--no_cuda"]
+        for key, value in values.items():
+            argv += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+        assert train.main(argv) == code
+        return folder
+
+    return run_main
+
+
+def load_weights(folder: Path, name: str = "epoch2") -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "model.safetensors")
+
+
+def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def read_log(folder: Path) -> str:
+    return (folder / "train.log").read_text(encoding="utf-8")
+
+
+def epochs_logged(folder: Path) -> list[int]:
+    return [int(match[1]) for match in EPOCH_LINE.finditer(read_log(folder))]
+
+
+def initial_model(config_path: Path, tokenizer, seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    return build_model(config_path, tokenizer)
+
+
+def loss_sum_and_count(model: GPT2LMHeadModel, dialogues: list) -> tuple[torch.Tensor, int]:
+    """不补齐，逐段相加。"""
+    total = torch.zeros(())
+    for token_ids in dialogues:
+        row = torch.tensor(token_ids)
+        logits = model(input_ids=row[None]).logits[0]
+        total = total + F.cross_entropy(logits[:-1], row[1:], reduction="sum")
+    return total, sum(len(token_ids) - 1 for token_ids in dialogues)
+
+
+def test_every_parameter_moves_a_little_from_the_seeded_start(run, config_path, tokenizer):
+    weights = load_weights(run(lr=1e-3))
+    for name, before in initial_model(config_path, tokenizer).named_parameters():
+        change = (weights[name] - before).abs().max()
+        assert 0 < change < 0.03, name  # 10 次更新，每次至多约 lr
+
+
+@pytest.mark.parametrize("name", ["epoch1", "epoch2", "min_ppl_model"])
+def test_checkpoints_load_in_transformers(run, name):
+    folder = run() / name
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == len(TINY_VOCAB)
+    assert_same(dict(model.state_dict()), {**load_weights(folder, "."), **tied(model)})
+    assert tokenizer("你好")["input_ids"] == [101, *map(TINY_VOCAB.index, "你好"), 102]
+
+
+def tied(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    return {"lm_head.weight": model.transformer.wte.weight.detach()}
+
+
+def test_epoch_line_states_the_validation_loss_of_its_checkpoint(run):
+    folder = run(lr=1e-3, lr_schedule="linear")
+    rows = [match.groups() for match in EPOCH_LINE.finditer(read_log(folder))]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert [row[5] for row in rows] == ["5.0e-04", "0.0e+00"]
+    _, validation = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    for row in rows:
+        model = AutoModelForCausalLM.from_pretrained(folder / f"epoch{row[0]}").eval()
+        with torch.no_grad():
+            total, count = loss_sum_and_count(model, validation)
+        loss = float(total) / count
+        assert float(row[3]) == pytest.approx(loss, abs=2e-4)
+        assert float(row[4]) == pytest.approx(math.exp(loss), rel=1e-3)
+
+
+def test_tensorboard_gets_the_values_of_the_epoch_line(run):
+    folder = run(log_step=1)
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    train_tags = {"loss", "accuracy", "lr", "grad_norm", "tokens_per_second"}
+    val_tags = {"loss", "ppl", "accuracy"}
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert set(scalars) == {f"train/{t}" for t in train_tags} | {f"val/{t}" for t in val_tags}
+    assert [event.step for event in scalars["train/loss"]] == list(range(1, 11))
+    assert [event.step for event in scalars["val/loss"]] == [5, 10]
+    logged = [float(match[4]) for match in EPOCH_LINE.finditer(read_log(folder))]
+    assert [event.value for event in scalars["val/loss"]] == pytest.approx(logged, abs=1e-4)
+    assert events.Tags()["tensors"] == ["samples/text_summary"]
+
+
+def test_curve_is_drawn_next_to_the_checkpoints(run, monkeypatch):
+    monkeypatch.setattr(train, "save_loss_curve", DRAW_CURVE)
+    assert (run(epochs=1) / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_early_stop_ends_after_the_first_epoch_that_is_not_better(run):
+    folder = run(epochs=30, patience=1, lr=0.3, lr_schedule="constant")
+    losses = [float(match[4]) for match in EPOCH_LINE.finditer(read_log(folder))]
+    assert 2 <= len(losses) < 30
+    assert all(after < before for before, after in itertools.pairwise(losses[:-1]))
+    assert losses[-1] >= losses[-2]
+    assert "early stop" in read_log(folder)
+    assert_same(
+        load_weights(folder, "min_ppl_model"), load_weights(folder, f"epoch{len(losses) - 1}")
+    )
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path):
+    config = write_config(tmp_path / "dropout.json", resid_pdrop=0.2)
+    first, again, other = (
+        load_weights(run(name, seed=seed, model_config=config))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert_same(first, again)
+    assert not any(first[name].equal(other[name]) for name in first if name.endswith("attn.weight"))
+
+
+def test_pretrained_model_is_where_training_starts(run):
+    start = run("a", epochs=1)
+    folder = run("b", epochs=1, pretrained_model=start / "epoch1", model_config="none", lr=1e-12)
+    torch.testing.assert_close(
+        load_weights(folder, "epoch1"), load_weights(start, "epoch1"), rtol=0, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 4), (2, 2)])
+def test_accumulation_equals_a_plain_loop_over_unpadded_dialogues(
+    sizes, run, tmp_path, config_path, tokenizer
+):
+    """语料恰好一个窗口：四段训练、一段验证；参照是 torch 的 AdamW 和逐段的交叉熵。"""
+    corpus = make_dialogues()[:5]
+    folder = run(
+        train_path=write_pickle(tmp_path / "five.pkl", corpus),
+        batch_size=sizes[0],
+        gradient_accumulation_steps=sizes[1],
+        epochs=3,
+        lr=0.01,
+        eps=1e-3,
+        lr_schedule="constant",
+        max_grad_norm=0.5,
+    )
+    model = initial_model(config_path, tokenizer)
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) is is_matrix], "weight_decay": w}
+        for is_matrix, w in ((True, 0.01), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, eps=1e-3)
+    training, _ = train_test_split(corpus, test_size=1, random_state=0)
+    for _ in range(3):
+        total, count = loss_sum_and_count(model, training)
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = {name: param.detach() for name, param in model.named_parameters()}
+    torch.testing.assert_close(load_weights(folder, "epoch3"), expected, rtol=1e-3, atol=2e-5)
+
+
+class Killed(Exception):  # noqa: N818
+    """代替 kill -9：什么也来不及存。"""
+
+
+def happen_after(patch: pytest.MonkeyPatch, step: int, happen: Callable[[], None]) -> None:
+    """让第 step 次参数更新之后发生一件事。"""
+    update, done = train.Updater.step, []
+
+    def step_and_happen(self, batch):
+        result = update(self, batch)
+        done.append(1)
+        if len(done) == step:
+            happen()
+        return result
+
+    patch.setattr(train.Updater, "step", step_and_happen)
+
+
+@pytest.fixture
+def with_dropout(tmp_path: Path) -> dict[str, object]:
+    """续训要逐位相同，随机数也得接上。"""
+    pdrop = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.2)
+    return {"model_config": write_config(tmp_path / "dropout.json", **pdrop), "lr": 0.01}
+
+
+def assert_same_outcome(resumed: Path, whole: Path) -> None:
+    for name in ("epoch1", "epoch2"):
+        assert_same(load_weights(resumed, name), load_weights(whole, name))
+    # 轮内的平均也接上；各行只有速度可以不同
+    lines = [
+        [match.groups()[:6] for match in EPOCH_LINE.finditer(read_log(folder))]
+        for folder in (resumed, whole)
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_interrupted_run_resumes_bit_for_bit(step, optimizer, run, with_dropout, monkeypatch):
+    options = {**with_dropout, "optimizer": optimizer}
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch:
+        happen_after(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        resumed = run("resumed", code=130, **options)
+    assert f"interrupted: step={step}" in read_log(resumed)
+    assert not (resumed / "epoch2").exists()
+    run("resumed", resume=True, **options)
+    assert_same_outcome(resumed, whole)
+
+
+@pytest.mark.parametrize(("save_steps", "step"), [(3, 4), (2, 9), (0, 6)])
+def test_killed_run_resumes_from_the_last_saved_step(
+    save_steps, step, run, with_dropout, monkeypatch
+):
+    """save_steps 为 0 时从上一轮的结尾接着走。"""
+
+    def die() -> None:
+        raise Killed
+
+    whole = run("whole", **with_dropout)
+    with monkeypatch.context() as patch:
+        happen_after(patch, step, die)
+        with pytest.raises(Killed):
+            run("resumed", save_steps=save_steps, **with_dropout)
+    resumed = run("resumed", resume=True, **with_dropout)
+    saved_step = step - step % save_steps if save_steps else 5
+    assert f"resume: epoch={saved_step // 5 + 1} step={saved_step}\n" in read_log(resumed)
+    assert_same_outcome(resumed, whole)
+
+
+def test_finished_run_resumes_with_more_epochs(run, with_dropout):
+    options = {**with_dropout, "lr_schedule": "constant"}
+    whole = run("whole", epochs=2, **options)
+    resumed = run("resumed", epochs=1, **options)
+    run("resumed", epochs=2, resume=True, **options)
+    assert_same_outcome(resumed, whole)
+    run("resumed", epochs=2, resume=True, **options)  # 已经训练完，没有事可做
+    assert epochs_logged(resumed) == [1, 2]
+
+
+def test_raised_epochs_follow_the_new_schedule(run):
+    folder = run(epochs=1)
+    run(epochs=4, resume=True)
+    rates = [float(match[6]) for match in EPOCH_LINE.finditer(read_log(folder))]
+    assert rates == [0, 5e-4, 2.5e-4, 0]  # 线性：第 n 轮末是 lr × (1 − n / 4)
+
+
+def test_early_stop_counts_across_a_resume(run):
+    options = {"patience": 1, "lr": 0.3, "lr_schedule": "constant"}
+    whole = run("whole", epochs=30, **options)
+    num_epochs = len(epochs_logged(whole))
+    resumed = run("resumed", epochs=num_epochs - 1, **options)
+    run("resumed", epochs=30, resume=True, **options)
+    assert epochs_logged(resumed) == list(range(1, num_epochs + 1))
+
+
+def test_resume_without_state_starts_afresh(run):
+    folder = run("b", resume=True)
+    assert "starting afresh" in read_log(folder)
+    assert_same_outcome(folder, run("a"))
+
+
+CHANGES = {
+    "seed": lambda path: 1,
+    "batch_size": lambda path: 5,
+    "gradient_accumulation_steps": lambda path: 2,
+    "max_len": lambda path: 32,
+    "val_num": lambda path: 1,
+    "optimizer": lambda path: "muon",
+    "train_path": lambda path: write_pickle(path, make_dialogues(seed=1)),
+    "vocab_path": lambda path: write_text(path, "\n".join(TINY_VOCAB[:-2] + TINY_VOCAB[:-3:-1])),
+    "model_config": lambda path: write_config(path, n_layer=1),
+}
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_resume_with_anything_essential_changed_is_refused_by_name(run, tmp_path):
+    folder = run(epochs=1)
+    before = (folder / STATE_NAME).read_bytes()
+    for name, change in CHANGES.items():
+        with pytest.raises(UserError, match=f"--{name} .*--resume") as refused:
+            run(epochs=2, resume=True, **{name: change(tmp_path / "changed")})
+        assert STATE_NAME in str(refused.value)
+    assert (folder / STATE_NAME).read_bytes() == before
+    assert epochs_logged(folder) == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", pickle.dumps([1, 2], protocol=2)])
+def test_broken_state_is_refused(content, run):
+    folder = run(epochs=1)
+    (folder / STATE_NAME).write_bytes(content)
+    with pytest.raises(UserError, match=STATE_NAME):
+        run(epochs=2, resume=True)
+
+
+def test_only_the_newest_checkpoints_are_kept(run):
+    folder = run(epochs=4, save_total_limit=2, train_path=Path("train.pkl"))
+    kept = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert kept == {"epoch3", "epoch4", "min_ppl_model", "runs"}
+
+
+def test_options_without_effect_are_accepted(run):
+    folder = run("a", log="True", gpu0_bsz=0)
+    assert "--log has no effect" in read_log(folder)
+    assert "--gpu0_bsz has no effect" in read_log(folder)
+    assert_same(load_weights(folder), load_weights(run("b")))
+
+
+class Payload:
+    """反序列化时建立文件夹 hacked；conftest 让当前目录是 tmp_path。"""
+
+    def __reduce__(self):
+        return Path.mkdir, (Path("hacked"),)
+
+
+OUT_OF_RANGE = {
+    "epochs": ["0", "-1", "1.5", "x"],
+    "batch_size": ["0"],
+    "gradient_accumulation_steps": ["0"],
+    "max_len": ["1"],
+    "val_num": ["0"],
+    "num_workers": ["-1"],
+    "ignore_index": ["0"],
+    "lr": ["0", "-1", "nan", "inf"],
+    "eps": ["0"],
+    "max_grad_norm": ["0"],
+    "warmup_steps": ["-1"],
+    "patience": ["-1"],
+    "seed": ["-1"],
+    "log_step": ["0"],
+    "save_steps": ["-1"],
+    "save_total_limit": ["-1"],
+    "optimizer": ["sgd"],
+    "precision": ["int8"],
+    "lr_schedule": ["step"],
+}
+# 选项、写进文件的内容（str 直接作为取值），以及一句话里要点明的
+ERRORS = {
+    "missing pickle": ("train_path", "none.pkl", ["none.pkl", "preprocess.py"]),
+    "empty file": ("train_path", b"", ["bad.file"]),
+    "no dialogue": ("train_path", pickle.dumps([]), ["bad.file", "没有对话"]),
+    "only empty dialogues": ("train_path", pickle.dumps([[], []]), ["bad.file", "没有对话"]),
+    "not a pickle": ("train_path", "你好".encode(), ["bad.file"]),
+    "not lists of ints": ("train_path", pickle.dumps([["a"]]), ["bad.file", "list[list[int]]"]),
+    "id too large": ("train_path", pickle.dumps([[9999]]), ["bad.file", "9999", "--vocab_path"]),
+    "hostile pickle": ("train_path", pickle.dumps([[Payload()]]), ["bad.file"]),
+    "missing vocabulary": ("vocab_path", "none.txt", ["none.txt", "--vocab_path"]),
+    "missing config": ("model_config", "none.json", ["none.json", "--model_config"]),
+    "config not json": ("model_config", b"{", ["bad.file"]),
+    "vocab_size differs": (
+        "model_config",
+        json.dumps({**TINY_CONFIG, "vocab_size": 13317}).encode(),
+        ["bad.file", "13317", str(len(TINY_VOCAB))],
+    ),
+    "max_len beyond positions": ("max_len", "65", ["--max_len", "65", "n_positions 64"]),
+    "no such model folder": ("pretrained_model", "a/b/c", ["a/b/c"]),
+    "device not a number": ("device", "gpu", ["--device", "gpu"]),
+    "device twice": ("device", "0,0", ["--device", "0,0"]),
+    "unknown option": ("batchsize", "4", ["--batchsize"]),
+    **{
+        f"{name} {value}": (name, value, [f"--{name}", value])
+        for name, values in OUT_OF_RANGE.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize(("option", "content", "named"), ERRORS.values(), ids=ERRORS)
+def test_wrong_use_and_bad_input_exit_with_one_sentence(
+    option, content, named, run, tmp_path, capsys
+):
+    if isinstance(content, bytes):
+        (tmp_path / "bad.file").write_bytes(content)
+        content = "bad.file"
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: run(**{option: content}))
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("错误：")
+    assert sentence.count("\n") == 1
+    assert [name for name in named if name not in sentence] == []
+    assert not (tmp_path / "hacked").exists()
+    assert not (tmp_path / "model" / "epoch1").exists()
