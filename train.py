@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from chitchat.checkpoint import build_model, check_vocab_size, load_model, save_checkpoint
-from chitchat.dataset import IGNORE_INDEX, DialogueDataset, LengthBucketSampler, split_indices
+from chitchat.dataset import (
+    IGNORE_INDEX,
+    DialogueDataset,
+    LengthBucketSampler,
+    reverse_dialogues,
+    split_indices,
+)
 from chitchat.loss import LossModule
 from chitchat.optim import build_optimizers, build_schedulers
 from chitchat.runtime import (
@@ -32,7 +38,7 @@ from chitchat.runtime import (
     select_devices,
 )
 from chitchat.token_table import load_token_table
-from chitchat.tokenizer import load_tokenizer, special_ids
+from chitchat.tokenizer import SpecialIds, load_tokenizer, special_ids
 from chitchat.training import (
     EarlyStopping,
     Meter,
@@ -103,6 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
         f"（默认为全部更新次数的十分之一，最多 {MAX_WARMUP_STEPS}）")  # fmt: skip
     add("--val_num", type=count, default=8000, metavar="DIALOGUES",
         help="留作验证的对话数；语料不足它的 10 倍时改留十分之一（默认 %(default)s）")  # fmt: skip
+    add("--train_mmi", action="store_true",
+        help="把每段对话的各句倒过来训练，得到 interact.py 的 --mmi_model_path 所用的反向模型")  # fmt: skip
     return parser
 
 
@@ -149,10 +157,12 @@ def parallelize(
 
 
 def build_loaders(
-    args: argparse.Namespace, vocab_size: int, pad_id: int, processes: Processes
+    args: argparse.Namespace, vocab_size: int, ids: SpecialIds, processes: Processes
 ) -> tuple[DataLoader, DataLoader]:
     """读数据、划分，给出训练集和验证集的 DataLoader。"""
     table = load_token_table(args.train_path, vocab_size)
+    if args.train_mmi:
+        table = reverse_dialogues(table, ids.sep)
     train_indices, val_indices, is_reduced = split_indices(len(table), args.val_num, args.seed)
     if is_reduced:
         logger.info("corpus is small: val_num=%d instead of %d", len(val_indices), args.val_num)
@@ -163,7 +173,7 @@ def build_loaders(
             table,
             indices,
             max_len=args.max_len,
-            pad_id=pad_id,
+            pad_id=ids.pad,
             ignore_index=args.ignore_index,
         )
         accumulation = args.gradient_accumulation_steps if is_train else 1
@@ -296,8 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build_model(args.model_config, tokenizer)
     check_max_len(args.max_len, model.config.n_positions)
     logger.info("num_params=%d", model.num_parameters())
-    pad_id = special_ids(tokenizer).pad
-    loaders = build_loaders(args, model.config.vocab_size, pad_id, processes)
+    loaders = build_loaders(args, model.config.vocab_size, special_ids(tokenizer), processes)
     model.to(devices[0]).train()
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
 
