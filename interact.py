@@ -9,23 +9,33 @@ import datetime
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from chitchat.checkpoint import check_vocab_size, load_model, load_model_tokenizer
-from chitchat.decoding import Chatbot, SamplingOptions
+from chitchat.checkpoint import (
+    check_vocab_size,
+    load_engine,
+    load_model_tokenizer,
+    read_config,
+)
+from chitchat.knobs import KNOBS, SamplingOptions, check_max_len
 from chitchat.runtime import (
     CliParser,
     UserError,
+    atomic_file,
     bounded,
     configure_logging,
-    quiet_transformers,
     run_cli,
-    seed_everything,
     select_devices,
 )
 from chitchat.tokenizer import decode_response, encode_utterances
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from chitchat.decoding import Chatbot
 
 logger = logging.getLogger("chitchat.interact")
 
@@ -34,36 +44,13 @@ HELP = """\
 /help           显示这份说明
 /reset          忘掉前面的对话，重新开始
 /undo           撤回上一轮（你的一句和它的回复）
+/retry          对你上一句重新回答
+/show           显示模型现在看得到的历史
+/save 文件      把这次聊天按语料的格式写进文件
 /set            显示各旋钮现在的值
 /set 名字 值    改一个旋钮，例如 /set temperature 0.8
 /quit           结束聊天"""
 MAX_KEPT_UTTERANCES = 1000  # 历史只为 /undo 多留一些，聊多久内存都不涨
-
-
-class Knob(NamedTuple):
-    """一个采样旋钮，命令行参数和 /set 共用。"""
-
-    field: str  # SamplingOptions 的字段名
-    parse: Callable[[str], float]
-    description: str
-
-
-KNOBS = {
-    "temperature": Knob("temperature", bounded(float, above=0), "采样温度，越小越保守"),
-    "topk": Knob("top_k", bounded(int, minimum=0), "只从最可能的 K 个 token 中采样，0 表示不限"),
-    "topp": Knob(
-        "top_p",
-        bounded(float, minimum=0, maximum=1),
-        "只从累计概率达到 P 的最可能的 token 中采样，0 表示不限",
-    ),
-    "repetition_penalty": Knob(
-        "repetition_penalty", bounded(float, above=0), "对本轮回复里已有 token 的惩罚，1 表示不惩罚"
-    ),
-    "max_len": Knob("max_len", bounded(int, minimum=1), "每句回复最多的 token 数"),
-    "max_history_len": Knob(
-        "max_history_len", bounded(int, minimum=1), "上下文里最多的历史句数，双方合计"
-    ),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +74,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="聊天记录 sample.txt 放在哪个文件夹下（默认 %(default)s）",
     )
     add("--seed", type=bounded(int, minimum=0), help="随机种子（默认每次不同）")
+    add("--greedy", action="store_true", help="总取最可能的 token，不采样")
+    add("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto",
+        help="权重的精度；auto 在 CPU 上是 int8，在 GPU 上是 bf16（默认 %(default)s）")  # fmt: skip
+    add("--num_candidates", type=bounded(int, minimum=1), default=1, metavar="N",
+        help="每次生成 N 个候选再挑一个（默认 %(default)s）")  # fmt: skip
+    add("--mmi_model_path", metavar="DIR",
+        help="反向模型（train.py --train_mmi），用来挑选候选；默认按候选自身的概率挑选")  # fmt: skip
+    add("--debug", action="store_true", help="列出每个候选和它的分数")
+    add("--input_path", type=Path, metavar="FILE",
+        help="不聊天，给文件里的每段对话接上一句回复；格式与语料相同")  # fmt: skip
+    add("--output_path", type=Path, metavar="FILE",
+        help="与 --input_path 同用：结果写到哪里；中断后再运行会接着做")  # fmt: skip
+    add("--report", action="store_true",
+        help="与 --input_path 同用：每段的最后一句当参考答案，完成后给出评价")  # fmt: skip
     return parser
 
 
@@ -111,13 +112,29 @@ class Repl:
     """一次聊天：历史、旋钮、记录，以及每一行输入的处理。"""
 
     def __init__(
-        self, bot: Chatbot, options: SamplingOptions, transcript: Transcript, *, is_terminal: bool
+        self,
+        tokenizer: Tokenizer,
+        loading: Future[Chatbot],
+        options: SamplingOptions,
+        transcript: Transcript,
+        *,
+        is_terminal: bool,
+        is_debug: bool = False,
     ) -> None:
-        self.bot = bot
+        """loading 是正在后台读入的模型，第一次要回答时才等它。"""
+        self.tokenizer = tokenizer
+        self.loading = loading
         self.options = options
         self.transcript = transcript
         self.is_terminal = is_terminal
+        self.is_debug = is_debug
         self.history: list[list[int]] = []
+        self.texts: list[str] = []  # 与 history 一一对应的原文
+
+    @property
+    def bot(self) -> Chatbot:
+        """模型；还没有读完就等它。"""
+        return self.loading.result()
 
     def handle(self, line: str) -> bool:
         """处理一行输入；返回 False 表示用户要结束聊天。"""
@@ -131,19 +148,36 @@ class Repl:
     def _answer(self, text: str) -> None:
         """回答一句，边生成边显示。"""
         self.transcript.add("user", text)
-        self.history += encode_utterances(self.bot.tokenizer, [text])
+        self._remember(text, encode_utterances(self.tokenizer, [text])[0])
         print("chatbot:", end="", flush=True)
         response, is_truncated = self.bot.reply(
             self.history, self.options, lambda piece: print(piece, end="", flush=True)
         )
         print(flush=True)
-        self.transcript.add("chatbot", decode_response(self.bot.tokenizer, response))
-        self.history.append(response)
-        del self.history[:-MAX_KEPT_UTTERANCES]
+        reply = decode_response(self.tokenizer, response)
+        self.transcript.add("chatbot", reply)
+        self._remember(reply, response)
+        if self.is_debug:
+            self._show_candidates()
         if is_truncated:
             self._tell(
                 f"（对话太长，模型只有 {self.bot.max_positions} 个位置，这次没有用上最早的部分）"
             )
+
+    def _remember(self, text: str, token_ids: list[int]) -> None:
+        self.history.append(token_ids)
+        self.texts.append(text)
+        self._forget(slice(None, -MAX_KEPT_UTTERANCES))
+
+    def _forget(self, part: slice) -> None:
+        del self.history[part], self.texts[part]
+
+    def _show_candidates(self) -> None:
+        """列出上一次的全部候选，选中的在最前。"""
+        for candidate in self.bot.last_candidates:
+            backward = "" if candidate.backward is None else f" 反向 {candidate.backward:7.3f}"
+            text = decode_response(self.tokenizer, candidate.token_ids)
+            self._tell(f"  正向 {candidate.likelihood:7.3f}{backward}  {text}")
 
     def _run_command(self, text: str) -> bool:
         """执行一条斜线命令。"""
@@ -153,16 +187,46 @@ class Repl:
         if name == "/help":
             self._tell(HELP)
         elif name == "/reset":
-            self.history.clear()
+            self._forget(slice(None))
             self._tell("好，前面的对话已忘掉")
         elif name == "/undo":
             self._tell("已撤回上一轮" if self.history else "还没有可以撤回的对话")
-            del self.history[-2:]
+            self._forget(slice(-2, None))
+        elif name == "/retry":
+            self._retry()
+        elif name == "/show":
+            shown = self.texts[-self.options.max_history_len :]
+            self._tell("\n".join(shown) or "还没有对话")
+        elif name == "/save":
+            self._save(arguments)
         elif name == "/set":
             self._set_knob(arguments)
         else:
             self._tell(f"没有 {name} 这条命令，输入 /help 查看全部命令")
         return True
+
+    def _retry(self) -> None:
+        """撤回上一轮，再答一次。"""
+        if not self.texts:
+            self._tell("还没有可以重答的话")
+            return
+        question = self.texts[-2]
+        self._forget(slice(-2, None))
+        self._answer(question)
+
+    def _save(self, arguments: list[str]) -> None:
+        """把这次聊天写成一段语料。"""
+        if len(arguments) != 1 or not self.texts:
+            self._tell("用法：/save 文件" if self.texts else "还没有可以保存的对话")
+            return
+        path = Path(arguments[0])
+        try:
+            with atomic_file(path) as partial:
+                partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
+        except OSError as error:
+            self._tell(f"没有写成 {path}：{error.strerror or error}")
+            return
+        self._tell(f"已写进 {path}")
 
     def _set_knob(self, arguments: list[str]) -> None:
         """不带参数时列出旋钮，否则改其中一个；写错时旋钮不变。"""
@@ -231,22 +295,90 @@ def chat(repl: Repl) -> None:
                 print()
 
 
+def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chatbot]:
+    """在后台读模型；读的时候用户已经可以打字。"""
+
+    def load() -> Chatbot:
+        import torch
+
+        from chitchat.decoding import Chatbot
+        from chitchat.engine import MAX_THREADS, choose_precision
+
+        device = select_devices(args.device, no_cuda=args.no_cuda)[0]
+        precision = choose_precision(args.precision, device)
+        if args.input_path is None:
+            torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+        engine, backward = (
+            load_engine(path, precision=precision, device=device) if path else None
+            for path in (args.model_path, args.mmi_model_path)
+        )
+        check_vocab_size(engine.vocab_size, tokenizer, args.model_path)
+        logger.info("model=%s device=%s precision=%s", args.model_path, device, precision)
+        return Chatbot(
+            engine,
+            tokenizer,
+            backward_engine=backward,
+            num_candidates=args.num_candidates,
+            seed=args.seed,
+        )
+
+    executor = ThreadPoolExecutor(max_workers=1)
+    loading = executor.submit(load)
+    executor.shutdown(wait=False)
+    return loading
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """不必等模型就能看出的矛盾，在问候之前说清楚。"""
+    if (args.input_path is None) != (args.output_path is None):
+        raise UserError("--input_path 与 --output_path 要一起给：前者是对话，后者是写结果的文件")
+    if args.report and args.input_path is None:
+        raise UserError("--report 要与 --input_path、--output_path 同用")
+    if args.mmi_model_path is not None and args.num_candidates == 1:
+        raise UserError("--mmi_model_path 用来挑选候选：请同时给出 --num_candidates，例如 5")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     args = build_parser().parse_args(argv)
     configure_logging(args.log_path, console=False)
-    quiet_transformers()
-    if args.seed is not None:
-        seed_everything(args.seed)
-    device = select_devices(args.device, no_cuda=args.no_cuda)[0]
-    options = SamplingOptions(**{k.field: getattr(args, k.field) for k in KNOBS.values()})
+    check_arguments(args)
+    options = SamplingOptions(
+        greedy=args.greedy, **{k.field: getattr(args, k.field) for k in KNOBS.values()}
+    )
     tokenizer = load_model_tokenizer(args.model_path, args.vocab_path)
-    model = load_model(args.model_path).to(device)
-    check_vocab_size(model.config.vocab_size, tokenizer, args.model_path)
-    bot = Chatbot(model, tokenizer)
-    bot.check_options(options)
-    logger.info("model=%s device=%s options=%s", args.model_path, device, options)
-    chat(Repl(bot, options, Transcript(args.save_samples_dir), is_terminal=sys.stdin.isatty()))
+    for path in filter(None, (args.model_path, args.mmi_model_path)):
+        config = read_config(path)
+        if "vocab_size" in config:
+            check_vocab_size(config["vocab_size"], tokenizer, path)
+        if "n_positions" in config:
+            check_max_len(args.max_len, config["n_positions"])
+    logger.info("options=%s", options)
+    loading = start_loading(args, tokenizer)
+    if args.input_path is not None:
+        from chitchat.replies import answer_file  # 会导入 torch，聊天时不必等
+
+        print(
+            answer_file(
+                loading,
+                args.input_path,
+                args.output_path,
+                options,
+                seed=args.seed,
+                with_report=args.report,
+            ),
+            end="",
+        )
+        return 0
+    repl = Repl(
+        tokenizer,
+        loading,
+        options,
+        Transcript(args.save_samples_dir),
+        is_terminal=sys.stdin.isatty(),
+        is_debug=args.debug,
+    )
+    chat(repl)
     return 0
 
 

@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val_num", type=count, default=8000, metavar="DIALOGUES",
         help="留作验证的对话数；语料不足它的 10 倍时改留十分之一（默认 %(default)s）")  # fmt: skip
     add("--train_mmi", action="store_true",
-        help="把每段对话的各句倒过来训练，得到 interact.py 的 --mmi_model_path 所用的反向模型")  # fmt: skip
+        help="各句倒过来训练，得到 interact.py --mmi_model_path 所用的反向模型")  # fmt: skip
     return parser
 
 

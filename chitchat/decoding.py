@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from chitchat.engine import Engine, KeyValueCache
-from chitchat.knobs import SamplingOptions
-from chitchat.runtime import UserError
+from chitchat.knobs import SamplingOptions, check_max_len
 from chitchat.sampling import apply_repetition_penalty, ban_repeated_ngrams, candidate_probs, draw
 from chitchat.tokenizer import SpecialIds, decode_response, special_ids, unspeakable_ids
 
@@ -99,7 +98,7 @@ class Generator:
     """从上下文成批生成回复：一行是普通的对话，多行是多个候选或整个文件。"""
 
     def __init__(self, engine: Engine, ids: SpecialIds, forbidden_ids: Sequence[int]) -> None:
-        """forbidden_ids 是从不生成的 token；回复的第一个 token 也不能是 [SEP]，所以回复不会为空。"""
+        """forbidden_ids 从不生成；第一个 token 也不能是 [SEP]，所以回复不会为空。"""
         self.engine = engine
         self.ids = ids
         vocab_size = engine.vocab_size
@@ -163,8 +162,8 @@ class Generator:
         """送入上下文；左侧补齐，最后一列因此总是最新的 token。
 
         Returns:
-            缓存、最后一列的隐藏状态 (B, 1, C)、加到注意力分数上、盖住补齐的 mask (B, T + max_len)（没有补齐时是 None）、
-            各行上下文的长度 (B,)。
+            缓存；最后一列的隐藏状态 (B, 1, C)；加到注意力分数上、盖住补齐的 mask (B, T + max_len)，
+            没有补齐时是 None；各行上下文的长度 (B,)。
         """
         device, num_rows = self.engine.device, len(contexts)
         lengths = torch.tensor([len(context) for context in contexts], device=device)
@@ -307,13 +306,8 @@ class Chatbot:
         return self.engine.n_positions
 
     def check_options(self, options: SamplingOptions) -> None:
-        """确认回复之外至少还放得下 [CLS]、一个 token 和 [SEP]，否则给出怎样改的一句话。"""
-        most = self.max_positions - 3
-        if options.max_len > most:
-            raise UserError(
-                f"max_len {options.max_len} 太大：模型只有 {self.max_positions} 个位置，"
-                f"回复最多 {most} 个 token"
-            )
+        """确认 max_len 不太大，否则抛出 UserError。"""
+        check_max_len(options.max_len, self.max_positions)
 
     def build_context(
         self, history: Sequence[Sequence[int]], options: SamplingOptions
@@ -344,7 +338,7 @@ class Chatbot:
         """
         context, is_truncated = self.build_context(history, options)
         if self.num_candidates > 1:
-            self.last_candidates = self.rank_candidates(context, options)
+            self.last_candidates = self.rank_candidates(context, options, self._rng)
             response = self.last_candidates[0].token_ids
             write(decode_response(self.tokenizer, response))
             return response, is_truncated
@@ -353,14 +347,16 @@ class Chatbot:
         streamer.end()
         return responses[0].token_ids, is_truncated
 
-    def rank_candidates(self, context: list[int], options: SamplingOptions) -> list[Candidate]:
+    def rank_candidates(
+        self, context: list[int], options: SamplingOptions, rng: random.Random
+    ) -> list[Candidate]:
         """成批生成候选并排序，最好的在最前；空的和重复的不算，除非没有别的。
 
         来源: Li et al. 2016, arXiv:1510.03055 的 MMI-bidi；DialoGPT, arXiv:1911.00536 §3.2。
         """
         num_rows = self.num_candidates
         responses = self.generator.generate(
-            [context] * num_rows, options, [self._rng] * num_rows, with_scores=True
+            [context] * num_rows, options, [rng] * num_rows, with_scores=True
         )
         by_text = {decode_response(self.tokenizer, r.token_ids).strip(): r for r in responses}
         kept = [response for text, response in by_text.items() if text] or responses[:1]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,9 +79,11 @@ class Int8Linear:
         num_outputs = weight.size(0)
         self._bias = torch.zeros(num_outputs) if bias is None else bias
         scales = weight.abs().amax(dim=1).clamp_min(self._TINY).double() / 127
-        quantized = torch.quantize_per_channel(
-            weight, scales, torch.zeros(num_outputs, dtype=torch.long), 0, torch.qint8
-        )
+        zero_points = torch.zeros(num_outputs, dtype=torch.long)
+        with warnings.catch_warnings():
+            # torch 打算改在 torchao 里做量化，那里还没有能替代 fbgemm 的 CPU 内核。
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
         torch.backends.quantized.engine = "fbgemm"
         self._packed = torch.ops.quantized.linear_prepack(quantized, self._bias)
         self._run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
@@ -133,7 +136,7 @@ class Engine:
 
         Args:
             config: GPT2Config 的字段。
-            weights: 权重，键名与 GPT2LMHeadModel 的 state_dict 相同，可以没有 ``transformer.`` 前缀。
+            weights: 权重，键名与 GPT2LMHeadModel 的相同，可以没有 ``transformer.`` 前缀。
             precision: ``fp32``、``bf16`` 或 ``int8``。
             device: 放在哪个设备上。
         """
@@ -236,7 +239,6 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """下一个 token 的分数：隐藏状态 (..., C) 变成 float32 的 (..., V)。"""
         return self._head(hidden).float()
-
 
 
 def _attend(

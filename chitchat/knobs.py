@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from chitchat.runtime import bounded
+from chitchat.runtime import UserError, bounded
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,12 @@ KNOBS = {
         "max_history_len", bounded(int, minimum=1), "上下文里最多的历史句数，双方合计"
     ),
 }
+
+
+def check_max_len(max_len: int, n_positions: int) -> None:
+    """确认回复之外至少还放得下 [CLS]、一个 token 和 [SEP]，否则给出怎样改的一句话。"""
+    most = n_positions - 3
+    if max_len > most:
+        raise UserError(
+            f"max_len {max_len} 太大：模型只有 {n_positions} 个位置，回复最多 {most} 个 token"
+        )
