@@ -159,9 +159,13 @@ class Engine:
             key = f"transformer.{name}" if f"transformer.{name}" in weights else name
             return weights[key].to(self.device, dtype)
 
-        def linear(name: str) -> Linear:
+        def linear(name: str, query_scale: float = 1.0) -> Linear:
             # GPT-2 的 Conv1D 把权重存成 (I, O)。
-            return make_linear(get(f"{name}.weight").T, get(f"{name}.bias"))
+            weight, bias = get(f"{name}.weight").T.clone(), get(f"{name}.bias").clone()
+            # 注意力分数的缩放预先乘进产生 query 的前 C 行。
+            weight[: config["n_embd"]] *= query_scale
+            bias[: config["n_embd"]] *= query_scale
+            return make_linear(weight, bias)
 
         self._token_embedding = get("wte.weight")  # (V, C)
         self._position_embedding = get("wpe.weight")  # (n_positions, C)
@@ -169,12 +173,11 @@ class Engine:
         self._layers = [
             (
                 (get(f"h.{i}.ln_1.weight"), get(f"h.{i}.ln_1.bias")),
-                linear(f"h.{i}.attn.c_attn"),
+                linear(f"h.{i}.attn.c_attn", query_scale=self._attention_scale(config, i)),
                 linear(f"h.{i}.attn.c_proj"),
                 (get(f"h.{i}.ln_2.weight"), get(f"h.{i}.ln_2.bias")),
                 linear(f"h.{i}.mlp.c_fc"),
                 linear(f"h.{i}.mlp.c_proj"),
-                self._attention_scale(config, i),
             )
             for i in range(config["n_layer"])
         ]
@@ -225,11 +228,11 @@ class Engine:
         width = x.shape[-1:]
         heads = (batch_size, num_tokens, 3, self._num_heads, self._head_width)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            norm_1, attention_in, attention_out, norm_2, mlp_in, mlp_out, scale = layer
+            norm_1, attention_in, attention_out, norm_2, mlp_in, mlp_out = layer
             qkv = attention_in(F.layer_norm(x, width, *norm_1, self._eps)).view(heads)
-            queries, *keys_values = qkv.permute(2, 0, 3, 1, 4)  # 各 (B, H, T, D)
-            layer_cache[..., start:end, :] = torch.stack(keys_values)
-            attended = _attend(queries, *layer_cache[..., :end, :], mask=mask, scale=scale)
+            qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            layer_cache[..., start:end, :] = qkv[1:]
+            attended = _attend(qkv[0], *layer_cache[..., :end, :], mask)
             x = x + attention_out(attended.transpose(1, 2).reshape(x.shape))
             x = x + mlp_out(self._activation(mlp_in(F.layer_norm(x, width, *norm_2, self._eps))))
         cache.length = end
@@ -241,20 +244,16 @@ class Engine:
         return self._head(hidden).float()
 
 
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scale: float
-) -> Tensor:
-    """注意力；queries (B, H, T, D)，keys 与 values (B, H, S+T, D)，mask 同 Engine.hidden。"""
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """注意力；queries 已缩放，形状 (B, H, T, D)；keys 与 values (B, H, S+T, D)；mask 同上。"""
     batch_size, num_heads, num_queries, width = queries.shape
     if num_queries > 1:
         return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1.0
         )
     # 只有一个 query 时，CPU 上两次 bmm 比 scaled_dot_product_attention 快。
     rows = batch_size * num_heads
     scores = torch.bmm(queries.reshape(rows, 1, width), keys.flatten(0, 1).transpose(1, 2))
-    scores = scores.view(batch_size, num_heads, 1, -1) * scale
     if mask is not None:
-        scores = scores + mask
-    probs = scores.softmax(dim=-1).view(rows, 1, -1)
-    return torch.bmm(probs, values.flatten(0, 1)).view(queries.shape)
+        scores = (scores.view(batch_size, num_heads, 1, -1) + mask).view(rows, 1, -1)
+    return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).view(queries.shape)
