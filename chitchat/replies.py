@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chitchat.corpus import read_dialogues
-from chitchat.decoding import Chatbot, score_continuations
+from chitchat.decoding import Chatbot
+from chitchat.generation import score_continuations
 from chitchat.knobs import SamplingOptions
 from chitchat.metrics import build_report, require_sacrebleu
 from chitchat.runtime import UserError
