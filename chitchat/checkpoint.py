@@ -82,6 +82,7 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
         UserError: 文件夹不完整、不是 GPT-2，或 hub 上取不到。
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import GPT2LMHeadModel
 
     directory = Path(name_or_dir)
@@ -93,7 +94,7 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
         model, report = GPT2LMHeadModel.from_pretrained(
             name_or_dir, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"
