@@ -4,66 +4,39 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import datetime
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
-from chitchat.checkpoint import check_vocab_size, load_model, load_model_tokenizer
-from chitchat.decoding import Chatbot, SamplingOptions
+from chitchat.checkpoint import (
+    check_vocab_size,
+    load_engine,
+    load_model_tokenizer,
+    read_config,
+)
+from chitchat.knobs import KNOBS, SamplingOptions, check_max_len
+from chitchat.repl import Repl, Transcript
 from chitchat.runtime import (
     CliParser,
     UserError,
     bounded,
     configure_logging,
-    quiet_transformers,
     run_cli,
-    seed_everything,
     select_devices,
 )
-from chitchat.tokenizer import decode_response, encode_utterances
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from chitchat.decoding import Chatbot
 
 logger = logging.getLogger("chitchat.interact")
 
 GREETING = "开始和 chatbot 聊天，按 Ctrl+D、Ctrl+C 或 Ctrl+Z 结束，输入 /help 查看命令"
-HELP = """\
-/help           显示这份说明
-/reset          忘掉前面的对话，重新开始
-/undo           撤回上一轮（你的一句和它的回复）
-/set            显示各旋钮现在的值
-/set 名字 值    改一个旋钮，例如 /set temperature 0.8
-/quit           结束聊天"""
-MAX_KEPT_UTTERANCES = 1000  # 历史只为 /undo 多留一些，聊多久内存都不涨
-
-
-class Knob(NamedTuple):
-    """一个采样旋钮，命令行参数和 /set 共用。"""
-
-    field: str  # SamplingOptions 的字段名
-    parse: Callable[[str], float]
-    description: str
-
-
-KNOBS = {
-    "temperature": Knob("temperature", bounded(float, above=0), "采样温度，越小越保守"),
-    "topk": Knob("top_k", bounded(int, minimum=0), "只从最可能的 K 个 token 中采样，0 表示不限"),
-    "topp": Knob(
-        "top_p",
-        bounded(float, minimum=0, maximum=1),
-        "只从累计概率达到 P 的最可能的 token 中采样，0 表示不限",
-    ),
-    "repetition_penalty": Knob(
-        "repetition_penalty", bounded(float, above=0), "对本轮回复里已有 token 的惩罚，1 表示不惩罚"
-    ),
-    "max_len": Knob("max_len", bounded(int, minimum=1), "每句回复最多的 token 数"),
-    "max_history_len": Knob(
-        "max_history_len", bounded(int, minimum=1), "上下文里最多的历史句数，双方合计"
-    ),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,106 +60,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="聊天记录 sample.txt 放在哪个文件夹下（默认 %(default)s）",
     )
     add("--seed", type=bounded(int, minimum=0), help="随机种子（默认每次不同）")
+    add("--greedy", action="store_true", help="总取最可能的 token，不采样")
+    add("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto",
+        help="权重的精度；auto 在 CPU 上是 int8，在 GPU 上是 bf16（默认 %(default)s）")  # fmt: skip
+    add("--num_candidates", type=bounded(int, minimum=1), default=1, metavar="N",
+        help="每次生成 N 个候选再挑一个（默认 %(default)s）")  # fmt: skip
+    add("--mmi_model_path", metavar="DIR",
+        help="train.py --train_mmi 的反向模型，用来挑选候选；默认按候选自身的概率")  # fmt: skip
+    add("--debug", action="store_true", help="列出每个候选和它的分数")
+    add("--input_path", type=Path, metavar="FILE",
+        help="不聊天，给文件里的每段对话接上一句回复；格式与语料相同")  # fmt: skip
+    add("--output_path", type=Path, metavar="FILE",
+        help="与 --input_path 同用：结果写到哪里；中断后再运行会接着做")  # fmt: skip
+    add("--report", action="store_true",
+        help="与 --input_path 同用：每段的最后一句当参考答案，完成后给出评价")  # fmt: skip
     return parser
-
-
-class Transcript:
-    """聊天记录：追加到 sample.txt，每写完一行就交给操作系统，中途被杀也不丢。"""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = (directory / "sample.txt").open("a", encoding="utf-8", buffering=1)
-        self._file.write(f"聊天记录{datetime.datetime.now()}:\n")
-
-    def add(self, speaker: str, text: str) -> None:
-        """记下一行 ``speaker:text``。"""
-        self._file.write(f"{speaker}:{text}\n")
-
-    def close(self) -> None:
-        """关闭文件。"""
-        self._file.close()
-
-
-class Repl:
-    """一次聊天：历史、旋钮、记录，以及每一行输入的处理。"""
-
-    def __init__(
-        self, bot: Chatbot, options: SamplingOptions, transcript: Transcript, *, is_terminal: bool
-    ) -> None:
-        self.bot = bot
-        self.options = options
-        self.transcript = transcript
-        self.is_terminal = is_terminal
-        self.history: list[list[int]] = []
-
-    def handle(self, line: str) -> bool:
-        """处理一行输入；返回 False 表示用户要结束聊天。"""
-        text = line.strip()
-        if text.startswith("/"):
-            return self._run_command(text)
-        if text:
-            self._answer(text)
-        return True
-
-    def _answer(self, text: str) -> None:
-        """回答一句，边生成边显示。"""
-        self.transcript.add("user", text)
-        self.history += encode_utterances(self.bot.tokenizer, [text])
-        print("chatbot:", end="", flush=True)
-        response, is_truncated = self.bot.reply(
-            self.history, self.options, lambda piece: print(piece, end="", flush=True)
-        )
-        print(flush=True)
-        self.transcript.add("chatbot", decode_response(self.bot.tokenizer, response))
-        self.history.append(response)
-        del self.history[:-MAX_KEPT_UTTERANCES]
-        if is_truncated:
-            self._tell(
-                f"（对话太长，模型只有 {self.bot.max_positions} 个位置，这次没有用上最早的部分）"
-            )
-
-    def _run_command(self, text: str) -> bool:
-        """执行一条斜线命令。"""
-        name, *arguments = text.split()
-        if name == "/quit":
-            return False
-        if name == "/help":
-            self._tell(HELP)
-        elif name == "/reset":
-            self.history.clear()
-            self._tell("好，前面的对话已忘掉")
-        elif name == "/undo":
-            self._tell("已撤回上一轮" if self.history else "还没有可以撤回的对话")
-            del self.history[-2:]
-        elif name == "/set":
-            self._set_knob(arguments)
-        else:
-            self._tell(f"没有 {name} 这条命令，输入 /help 查看全部命令")
-        return True
-
-    def _set_knob(self, arguments: list[str]) -> None:
-        """不带参数时列出旋钮，否则改其中一个；写错时旋钮不变。"""
-        if not arguments:
-            for name, knob in KNOBS.items():
-                self._tell(f"{name} = {getattr(self.options, knob.field)}（{knob.description}）")
-            return
-        if len(arguments) != 2 or arguments[0] not in KNOBS:
-            self._tell(f"用法：/set 名字 值，名字是 {'、'.join(KNOBS)} 之一")
-            return
-        name, value = arguments
-        knob = KNOBS[name]
-        try:
-            changed = dataclasses.replace(self.options, **{knob.field: knob.parse(value)})
-            self.bot.check_options(changed)
-        except (argparse.ArgumentTypeError, UserError) as error:
-            self._tell(f"{name} 没有改：{error}")
-            return
-        self.options = changed
-        self._tell(f"{name} = {getattr(changed, knob.field)}")
-
-    def _tell(self, text: str) -> None:
-        """说明文字：终端里直接显示，否则写到标准错误，让标准输出只有回复。"""
-        print(text, file=sys.stdout if self.is_terminal else sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -218,35 +106,106 @@ def read_lines(*, is_terminal: bool) -> Iterator[str]:
         yield input("user:")
 
 
-def chat(repl: Repl) -> None:
+def chat(repl: Repl, *, is_terminal: bool) -> None:
     """一句接一句地聊，直到输入结束、/quit、Ctrl+D、Ctrl+C 或 Ctrl+Z。"""
     print(GREETING, flush=True)
     with contextlib.closing(repl.transcript), suspend_key_ends_chat():
         try:
-            for line in read_lines(is_terminal=repl.is_terminal):
+            for line in read_lines(is_terminal=is_terminal):
                 if not repl.handle(line):
                     break
         except (EOFError, KeyboardInterrupt):
-            if repl.is_terminal:
+            if is_terminal:
                 print()
+
+
+def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chatbot]:
+    """在后台读模型；读的时候用户已经可以打字。"""
+
+    def load() -> Chatbot:
+        import torch
+
+        from chitchat.decoding import Chatbot
+        from chitchat.engine import MAX_THREADS, choose_precision
+
+        device = select_devices(args.device, no_cuda=args.no_cuda)[0]
+        precision = choose_precision(args.precision, device)
+        if args.input_path is None:
+            torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+        engine, backward = (
+            load_engine(path, precision=precision, device=device) if path else None
+            for path in (args.model_path, args.mmi_model_path)
+        )
+        check_vocab_size(engine.vocab_size, tokenizer, args.model_path)
+        logger.info("model=%s device=%s precision=%s", args.model_path, device, precision)
+        return Chatbot(
+            engine,
+            tokenizer,
+            backward_engine=backward,
+            num_candidates=args.num_candidates,
+            seed=args.seed,
+        )
+
+    executor = ThreadPoolExecutor(max_workers=1)
+    loading = executor.submit(load)
+    executor.shutdown(wait=False)
+    return loading
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """不必等模型就能看出的矛盾，在问候之前说清楚。"""
+    if (args.input_path is None) != (args.output_path is None):
+        raise UserError("--input_path 与 --output_path 要一起给：前者是对话，后者是写结果的文件")
+    if args.report and args.input_path is None:
+        raise UserError("--report 要与 --input_path、--output_path 同用")
+    if args.mmi_model_path is not None and args.num_candidates == 1:
+        raise UserError("--mmi_model_path 用来挑选候选：请同时给出 --num_candidates，例如 5")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     args = build_parser().parse_args(argv)
     configure_logging(args.log_path, console=False)
-    quiet_transformers()
-    if args.seed is not None:
-        seed_everything(args.seed)
-    device = select_devices(args.device, no_cuda=args.no_cuda)[0]
-    options = SamplingOptions(**{k.field: getattr(args, k.field) for k in KNOBS.values()})
+    check_arguments(args)
+    options = SamplingOptions(
+        greedy=args.greedy, **{k.field: getattr(args, k.field) for k in KNOBS.values()}
+    )
     tokenizer = load_model_tokenizer(args.model_path, args.vocab_path)
-    model = load_model(args.model_path).to(device)
-    check_vocab_size(model.config.vocab_size, tokenizer, args.model_path)
-    bot = Chatbot(model, tokenizer)
-    bot.check_options(options)
-    logger.info("model=%s device=%s options=%s", args.model_path, device, options)
-    chat(Repl(bot, options, Transcript(args.save_samples_dir), is_terminal=sys.stdin.isatty()))
+    for path in filter(None, (args.model_path, args.mmi_model_path)):
+        config = read_config(path)
+        if "vocab_size" in config:
+            check_vocab_size(config["vocab_size"], tokenizer, path)
+        if "n_positions" in config:
+            check_max_len(args.max_len, config["n_positions"])
+    logger.info("options=%s", options)
+    loading = start_loading(args, tokenizer)
+    if args.input_path is not None:
+        from chitchat.replies import answer_file  # 会导入 torch，聊天时不必等
+
+        print(
+            answer_file(
+                loading,
+                args.input_path,
+                args.output_path,
+                options,
+                seed=args.seed,
+                with_report=args.report,
+            ),
+            end="",
+        )
+        return 0
+    is_terminal = sys.stdin.isatty()
+    repl = Repl(
+        tokenizer,
+        loading,
+        options,
+        Transcript(args.save_samples_dir),
+        show=lambda piece: print(piece, end="", flush=True),
+        # 不在终端里时，标准输出只有回复。
+        tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
+        is_debug=args.debug,
+    )
+    chat(repl, is_terminal=is_terminal)
     return 0
 
 

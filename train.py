@@ -25,7 +25,7 @@ from chitchat.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from chitchat.dataset import IGNORE_INDEX, build_loaders
+from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
 from chitchat.loss import LossModule
 from chitchat.optim import build_optimizers, build_schedulers
 from chitchat.processes import Processes, parallelize
@@ -120,6 +120,8 @@ def add_model_options(add: Callable) -> None:
     add("--no_cuda", action="store_true", help="只用 CPU")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32（默认 %(default)s）")
+    add("--train_mmi", action="store_true",
+        help="各句倒过来训练，得到 interact.py --mmi_model_path 所用的反向模型")
     add("--compile", action="store_true",
         help="用 torch.compile 编译模型；开头要等几分钟，之后更快")
     add("--gradient_checkpointing", action="store_true",
@@ -156,7 +158,7 @@ def add_output_options(add: Callable) -> None:
         help="日志，追加写入（默认 %(default)s）")
     add("--log_step", type=count, default=10, metavar="STEPS",
         help="每多少次参数更新更新进度条、写一次 TensorBoard（默认 %(default)s）")
-    add("--log", nargs="?", help="已不起作用：总是写日志")
+    add("--log", nargs="?", const="True", help="已不起作用：总是写日志")
     add("--resume", action="store_true",
         help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")
     add("--save_steps", type=optional_count, default=0, metavar="STEPS",
@@ -343,6 +345,8 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     tokenizer = load_tokenizer(args.vocab_path)
     model = prepare_model(args, tokenizer)
     table = load_token_table(args.train_path, model.config.vocab_size)
+    if args.train_mmi:
+        table = reverse_dialogues(table, special_ids(tokenizer).sep)
     loaders = build_loaders(
         table,
         val_num=args.val_num,
@@ -404,7 +408,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
         sep = special_ids(tokenizer).sep
         rows = [table[i].tolist() for i in loaders[1].dataset.indices[:NUM_SAMPLES]]
         openings = [row[1 : row.index(sep) if sep in row else None] for row in rows]
-        return sample_replies(model, tokenizer, openings, device)
+        return sample_replies(model, tokenizer, openings)
 
     is_done = train(
         updater,

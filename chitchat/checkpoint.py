@@ -1,4 +1,7 @@
-"""检查点：建立模型，读写完整、标准的模型文件夹。"""
+"""检查点：建立模型，读写完整、标准的模型文件夹。
+
+torch 与 transformers 用到时才导入：对话只需要这里的检查，不必等它们。
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from chitchat.runtime import UserError, atomic_directory
 from chitchat.tokenizer import load_tokenizer, special_ids, unspeakable_ids, vocab_text
@@ -21,6 +23,12 @@ from chitchat.vocab import (
     SPECIAL_TOKENS,
     UNK_TOKEN,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from chitchat.engine import Engine
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -46,6 +54,8 @@ def build_model(config_path: Path, tokenizer: Tokenizer) -> GPT2LMHeadModel:
     Raises:
         UserError: 文件不存在、不是 json、字段不合法，或词表大小不一致。
     """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     try:
         fields = json.loads(config_path.read_text(encoding="utf-8"))
         fields.update(_token_ids(tokenizer))
@@ -72,6 +82,10 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
     Raises:
         UserError: 文件夹不完整、不是 GPT-2，或 hub 上取不到。
     """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import GPT2LMHeadModel
+
     directory = Path(name_or_dir)
     if directory.is_dir():
         _check_model_dir(directory)
@@ -81,7 +95,7 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
         model, report = GPT2LMHeadModel.from_pretrained(
             name_or_dir, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"
@@ -91,6 +105,49 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
     if missing:
         raise UserError(f"{name_or_dir} 的权重不完整：缺少 {missing[0]} 等 {len(missing)} 项")
     return model
+
+
+def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> Engine:
+    """读模型并打包成推理引擎。
+
+    标准的文件夹直接读 safetensors，不导入 transformers；其余的（pytorch_model.bin、分片、hub 上的
+    名字、有毛病的文件夹）交给 load_model，由它读出或说明毛病。
+
+    Args:
+        name_or_dir: 与 load_model 相同。
+        precision: ``fp32``、``bf16`` 或 ``int8``。
+        device: 放在哪个设备上。
+
+    Raises:
+        UserError: 与 load_model 相同。
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from chitchat.engine import Engine
+
+    directory = Path(name_or_dir)
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(directory / "model.safetensors")
+        if config["model_type"] == "gpt2":
+            return Engine(config, weights, precision=precision, device=device)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
+        pass
+    from chitchat.runtime import quiet_transformers
+
+    quiet_transformers()
+    model = load_model(name_or_dir)
+    return Engine(model.config.to_dict(), model.state_dict(), precision=precision, device=device)
+
+
+def read_config(model_dir: str) -> dict:
+    """模型文件夹的 config.json；读不出时是空的字典，毛病留给读模型时去说。"""
+    try:
+        fields = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
@@ -131,6 +188,8 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         model: 未包装的模型。
         tokenizer: 训练所用的 tokenizer。
     """
+    from transformers import GenerationConfig
+
     generation_config = GenerationConfig(
         **_token_ids(tokenizer),
         do_sample=True,
@@ -160,6 +219,8 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
         tokenizer: chitchat.vocab 建立的 tokenizer。
         max_length: 模型的位置数。
     """
+    from transformers import PreTrainedTokenizerFast
+
     backend = copy.deepcopy(tokenizer)
     backend.encode_special_tokens = False  # 模板里的 [CLS]、[SEP] 要认作特殊 token
     wrapped = PreTrainedTokenizerFast(

@@ -42,6 +42,25 @@ def split_indices(
     return train, validation, is_reduced
 
 
+def reverse_dialogues(table: TokenTable, sep_id: int) -> TokenTable:
+    """把每段对话的各句倒过来，句内次序不变：``[CLS] uN [SEP] … u1 [SEP]``；不修改入参。
+
+    反向模型由此学会“先有回复、再猜上文”，对话时用来挑选候选回复。
+
+    Args:
+        table: 全部对话，每段是 ``[CLS] u1 [SEP] … uN [SEP]``，与 preprocess.py 写的一样。
+        sep_id: [SEP] 的 id。
+
+    来源: Li et al. 2016, arXiv:1510.03055 §4.2 的 MMI-bidi；DialoGPT, arXiv:1911.00536 §3.2。
+    """
+    dialogues = []
+    for row in table:
+        ends = np.flatnonzero(row == sep_id) + 1
+        utterances = np.split(row[1:], ends - 1)
+        dialogues.append(np.concatenate([row[:1], *utterances[::-1]]))
+    return TokenTable.from_dialogues(dialogues)
+
+
 class Window(NamedTuple):
     """一次参数更新所用的对话；多进程时只含本进程的一份。"""
 

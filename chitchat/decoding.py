@@ -1,51 +1,17 @@
-"""对话：由历史组成上下文，采样出回复，边生成边显示。
-
-形状记号: B 批大小   T 已有的 token 数   V 词表大小
-"""
+"""对话：由历史组成上下文，生成回复，边生成边显示；多个候选时挑最好的一个。"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from tokenizers import Tokenizer
-from transformers import (
-    GenerationConfig,
-    GPT2LMHeadModel,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.streamers import BaseStreamer
 
-from chitchat.runtime import UserError
+from chitchat.engine import Engine
+from chitchat.generation import Generator, score_continuations
+from chitchat.knobs import SamplingOptions, check_max_len
 from chitchat.tokenizer import SpecialIds, decode_response, special_ids, unspeakable_ids
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """采样的旋钮，名字与命令行参数的含义相同。
-
-    Attributes:
-        temperature: 大于 0；1 为原样，越小越保守。
-        top_k: 只从概率最高的这么多个 token 中采样；0 表示不限。
-        top_p: 只从累计概率达到它的最可能的 token 中采样；0 表示不限。
-        repetition_penalty: 大于 0；1 表示不惩罚，只看本轮回复已生成的 token。
-        max_len: 回复最多的 token 数。
-        max_history_len: 上下文里最多的历史句数，双方合计。
-    """
-
-    temperature: float = 1.0
-    top_k: int = 8
-    top_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_len: int = 25
-    max_history_len: int = 3
 
 
 def build_context(
@@ -79,40 +45,8 @@ def build_context(
     return context, is_truncated
 
 
-def build_logits_processors(
-    options: SamplingOptions, *, context_len: int, eos_id: int, forbidden_ids: Sequence[int]
-) -> LogitsProcessorList:
-    """按固定次序组成 transformers 的处理器：禁用 → 重复惩罚 → temperature → top-k → top-p。
-
-    Args:
-        options: 采样的旋钮。
-        context_len: 上下文的 token 数；重复惩罚不看这一段。
-        eos_id: [SEP] 的 id；回复的第一个 token 不能是它，所以回复不会为空。
-        forbidden_ids: 从不生成的 token。
-    """
-    processors = LogitsProcessorList(
-        [
-            SuppressTokensLogitsProcessor(list(forbidden_ids)),
-            MinNewTokensLengthLogitsProcessor(context_len, 1, eos_id),
-        ]
-    )
-    if options.repetition_penalty != 1:
-        processors.append(
-            RepetitionPenaltyLogitsProcessor(
-                options.repetition_penalty, prompt_ignore_length=context_len
-            )
-        )
-    if options.temperature != 1:
-        processors.append(TemperatureLogitsWarper(options.temperature))
-    if options.top_k > 0:
-        processors.append(TopKLogitsWarper(options.top_k))
-    if 0 < options.top_p < 1:
-        processors.append(TopPLogitsWarper(options.top_p))
-    return processors
-
-
-class ResponseStreamer(BaseStreamer):
-    """``generate`` 每给出一个 token 就把新确定的文字交给 write。
+class ResponseStreamer:
+    """每收到一个 token 就把新确定的文字交给 write。
 
     末尾的拉丁词还可能接上 ``##`` 片段，等它写完再交出，其余的立刻交出。
     """
@@ -122,16 +56,11 @@ class ResponseStreamer(BaseStreamer):
         self._write = write
         self._token_ids: list[int] = []
         self._num_written = 0
-        self._is_context = True
 
-    def put(self, value: torch.Tensor) -> None:
-        """收下新的 token；第一次收到的是上下文，不显示。"""
-        if self._is_context:
-            self._is_context = False
-            return
-        self._token_ids += value.tolist()
-        text = decode_response(self._tokenizer, self._token_ids)
-        settled = text
+    def put(self, token_id: int) -> None:
+        """收下一个新的 token。"""
+        self._token_ids.append(token_id)
+        settled = decode_response(self._tokenizer, self._token_ids)
         while settled and settled[-1].isascii() and settled[-1].isalnum():
             settled = settled[:-1]
         self._emit(settled)
@@ -146,31 +75,70 @@ class ResponseStreamer(BaseStreamer):
             self._num_written = len(text)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """一个候选回复和它的分数，分数都是平均每个 token 的对数概率，nat。"""
+
+    token_ids: list[int]
+    likelihood: float  # 由上下文得到它
+    backward: float | None  # 由它得到上下文；没有反向模型时是 None
+
+    @property
+    def score(self) -> float:
+        """挑选时比较的分数。"""
+        return self.likelihood if self.backward is None else self.backward
+
+
 class Chatbot:
     """模型加 tokenizer：给它历史，它给出下一句。"""
 
-    def __init__(self, model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
-        """准备生成；model 应已放到设备上。"""
-        self.model = model.eval()
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        backward_engine: Engine | None = None,
+        num_candidates: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        """准备生成。
+
+        Args:
+            engine: 打包好的模型。
+            tokenizer: 模型的 tokenizer。
+            backward_engine: 反向模型，用来挑选候选；None 表示按候选自身的概率挑选。
+            num_candidates: 每次生成几个候选。
+            seed: 随机种子，None 表示每次不同。
+        """
+        self.engine = engine
         self.tokenizer = tokenizer
         self.ids = special_ids(tokenizer)
-        self.forbidden_ids = unspeakable_ids(tokenizer)
+        self.generator = Generator(engine, self.ids, unspeakable_ids(tokenizer))
+        self.backward_engine = backward_engine
+        self.num_candidates = num_candidates
+        self._rng = random.Random(seed)
+        self.last_candidates: list[Candidate] = []
 
     @property
     def max_positions(self) -> int:
         """上下文加回复最多的 token 数。"""
-        return self.model.config.n_positions
+        return self.engine.n_positions
 
     def check_options(self, options: SamplingOptions) -> None:
-        """确认回复之外至少还放得下 [CLS]、一个 token 和 [SEP]，否则给出怎样改的一句话。"""
-        most = self.max_positions - 3
-        if options.max_len > most:
-            raise UserError(
-                f"max_len {options.max_len} 太大：模型只有 {self.max_positions} 个位置，"
-                f"回复最多 {most} 个 token"
-            )
+        """确认 max_len 不太大，否则抛出 UserError。"""
+        check_max_len(options.max_len, self.max_positions)
 
-    @torch.inference_mode()
+    def build_context(
+        self, history: Sequence[Sequence[int]], options: SamplingOptions
+    ) -> tuple[list[int], bool]:
+        """由历史组成上下文，给回复留出 max_len 个位置。"""
+        return build_context(
+            history,
+            ids=self.ids,
+            max_history_len=options.max_history_len,
+            max_tokens=self.max_positions - options.max_len,
+        )
+
     def reply(
         self,
         history: Sequence[Sequence[int]],
@@ -182,37 +150,54 @@ class Chatbot:
         Args:
             history: 每句的 token id，最后一句是用户刚说的。
             options: 采样的旋钮。
-            write: 每有新确定的文字就被调用；各次的文字连起来就是整句回复。
+            write: 每有新确定的文字就被调用；各次的文字连起来就是整句回复。有多个候选时只调用一次。
 
         Returns:
             回复的 token id（不含 [SEP]，至少一个），以及上下文是否放不下而被截短。
         """
-        context, is_truncated = build_context(
-            history,
-            ids=self.ids,
-            max_history_len=options.max_history_len,
-            max_tokens=self.max_positions - options.max_len,
+        context, is_truncated = self.build_context(history, options)
+        if self.num_candidates > 1:
+            self.last_candidates = self.rank_candidates(context, options, self._rng)
+            response = self.last_candidates[0].token_ids
+            write(decode_response(self.tokenizer, response))
+            return response, is_truncated
+        streamer = ResponseStreamer(self.tokenizer, write)
+        responses = self.generator.generate([context], options, [self._rng], on_token=streamer.put)
+        streamer.end()
+        return responses[0].token_ids, is_truncated
+
+    def rank_candidates(
+        self, context: list[int], options: SamplingOptions, rng: random.Random
+    ) -> list[Candidate]:
+        """成批生成候选并排序，最好的在最前；空的和重复的不算，除非没有别的。
+
+        来源: Li et al. 2016, arXiv:1510.03055 的 MMI-bidi；DialoGPT, arXiv:1911.00536 §3.2。
+        """
+        num_rows = self.num_candidates
+        responses = self.generator.generate(
+            [context] * num_rows, options, [rng] * num_rows, with_scores=True
         )
-        input_ids = torch.tensor([context], device=self.model.device)  # (1, T)
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=options.max_len,
-                do_sample=True,
-                top_k=0,
-                eos_token_id=self.ids.sep,
-                pad_token_id=self.ids.pad,
-            ),
-            logits_processor=build_logits_processors(
-                options,
-                context_len=len(context),
-                eos_id=self.ids.sep,
-                forbidden_ids=self.forbidden_ids,
-            ),
-            streamer=ResponseStreamer(self.tokenizer, write),
-        )
-        response = output[0, len(context) :].tolist()
-        if response[-1] == self.ids.sep:
-            del response[-1]
-        return response, is_truncated
+        by_text = {decode_response(self.tokenizer, r.token_ids).strip(): r for r in responses}
+        kept = [response for text, response in by_text.items() if text] or responses[:1]
+        candidates = [Candidate(response.token_ids, response.likelihood, None) for response in kept]
+        if self.backward_engine is not None and len(candidates) > 1:
+            scores = self._score_backward(context, [c.token_ids for c in candidates])
+            candidates = [
+                replace(candidate, backward=score)
+                for candidate, score in zip(candidates, scores, strict=True)
+            ]
+        return sorted(candidates, key=lambda candidate: candidate.score, reverse=True)
+
+    def _score_backward(self, context: list[int], replies: list[list[int]]) -> list[float]:
+        """反向模型给出的 log p(上文 | 回复)，平均到上文的每个 token。"""
+        utterances: list[list[int]] = [[]]
+        for token in context[1:]:
+            utterances[-1].append(token)
+            if token == self.ids.sep:
+                utterances.append([])
+        source = [token for utterance in reversed(utterances) for token in utterance]
+        room = self.backward_engine.n_positions - 2 - max(map(len, replies))
+        source = source[: max(1, room)]
+        pairs = [([self.ids.cls, *reply, self.ids.sep], source) for reply in replies]
+        sums = score_continuations(self.backward_engine, pairs, self.ids.pad)
+        return [total / len(source) for total in sums]

@@ -13,9 +13,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
 
 from chitchat.dataset import Batch
-from chitchat.decoding import Chatbot, SamplingOptions
+from chitchat.decoding import Chatbot
+from chitchat.engine import Engine
+from chitchat.knobs import SamplingOptions
 from chitchat.processes import Processes
 from chitchat.runtime import atomic_file
 from chitchat.tokenizer import decode_response
@@ -221,15 +224,14 @@ def save_loss_curve(path: Path, train_losses: Sequence[float], val_losses: Seque
 
 
 def sample_replies(
-    model: nn.Module, tokenizer: Tokenizer, openings: Sequence[Sequence[int]], device: torch.device
+    model: GPT2LMHeadModel, tokenizer: Tokenizer, openings: Sequence[Sequence[int]]
 ) -> str:
-    """用现在的模型回答几句验证集里的开场白，写成 Markdown；不动用全局随机数。"""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        bot = Chatbot(model, tokenizer)
-        replies = [bot.reply([opening], SamplingOptions())[0] for opening in openings]
-    model.train()
-    return "\n\n".join(
-        f"- {decode_response(tokenizer, opening)}\n- → {decode_response(tokenizer, reply)}"
-        for opening, reply in zip(openings, replies, strict=True)
-    )
+    """用现在的模型回答几句开场白，写成 Markdown；不动用全局随机数。"""
+    engine = Engine(model.config.to_dict(), model.state_dict(), device=model.device)
+    bot = Chatbot(engine, tokenizer, seed=0)
+    options = SamplingOptions()
+    lines = []
+    for opening in openings:
+        reply, _ = bot.reply([opening], options)
+        lines += [decode_response(tokenizer, opening), f"→ {decode_response(tokenizer, reply)}"]
+    return "\n\n".join(f"- {line}" for line in lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
 import re
@@ -9,8 +11,11 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from conftest import ROOT, TINY_VOCAB
@@ -24,7 +29,7 @@ DIALOGUES = {
     "天气好吗": "天气真不错…",
     "晚安": "晚安，再见",
     "再见": "再见！",
-    "hello": "hello 你好",
+    "hello": "hello你好",
     "你在吗": "在在在",
     "早不早": "很早很早",
     "真不错": "😂😂真好",
@@ -41,6 +46,7 @@ CONFIG = {
     "resid_pdrop": 0.0,
 }
 EPOCHS = 40
+KEYS = {"Ctrl+D": b"\x04", "Ctrl+C": b"\x03", "Ctrl+Z": b"\x1a"}
 HEADER = r"聊天记录\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+:\n"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
@@ -95,24 +101,50 @@ def test_learned_replies_are_repeated_word_for_word(trained):
     assert re.fullmatch(HEADER + re.escape(turns), samples)
 
 
-def start_chat(trained: Path, samples: str, **streams: object) -> subprocess.Popen:
+def start_chat(folder: Path, samples: str, **streams: object) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "interact.py"), "--no_cuda", "--topk", "1"]
     command += ["--model_path", f"model/epoch{EPOCHS}", "--save_samples_path", samples]
-    return subprocess.Popen(command, cwd=trained, env=ENVIRONMENT, **streams)
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **streams)
 
 
-def test_kill_9_in_mid_chat_loses_no_finished_line(trained):
-    chat = start_chat(trained, "killed", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def take_terminal(terminal: int) -> None:
+    """在子进程里把伪终端变成控制终端，控制键才会变成信号。"""
+    os.setsid()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture(scope="module")
+def chats(trained) -> Iterator[dict[str, tuple[subprocess.Popen, int | None]]]:
+    """一齐启动的几场聊天：每场的进程和伪终端；一齐启动是为了省时间。"""
+    started = {"pipe": (start_chat(trained, "pipe", stdin=PIPE, stdout=PIPE), None)}
+    for name in KEYS:
+        ours, theirs = os.openpty()
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        prepare = functools.partial(take_terminal, theirs)
+        started[name] = (start_chat(trained, name, **streams, preexec_fn=prepare), ours)
+        os.close(theirs)
+    yield started
+    for chat, _ in started.values():
+        chat.kill()
+        chat.wait()
+
+
+def assert_samples_are_one_whole_turn(path: Path) -> None:
+    turn = re.escape(f"user:你好\nchatbot:{DIALOGUES['你好']}\n")
+    assert re.fullmatch(HEADER + turn, path.read_text(encoding="utf-8"))
+
+
+def test_kill_9_in_mid_chat_loses_no_finished_line(trained, chats):
+    chat, _ = chats["pipe"]
     with chat:
         chat.stdin.write("你好\n".encode())
         chat.stdin.flush()
         assert "chatbot" in chat.stdout.readline().decode()
         assert chat.stdout.readline().decode() == f"chatbot:{DIALOGUES['你好']}\n"
-        time.sleep(0.1)
+        time.sleep(0.2)
         chat.send_signal(signal.SIGKILL)
         assert chat.wait() == -signal.SIGKILL
-    samples = (trained / "killed" / "sample.txt").read_text(encoding="utf-8")
-    assert re.fullmatch(rf"{HEADER}user:你好\nchatbot:{DIALOGUES['你好']}\n", samples)
+    assert_samples_are_one_whole_turn(trained / "pipe" / "sample.txt")
 
 
 def read_until(terminal: int, text: str) -> str:
@@ -124,32 +156,12 @@ def read_until(terminal: int, text: str) -> str:
     return seen.decode(errors="ignore")
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="这个系统没有伪终端")
-@pytest.mark.parametrize(
-    ("name", "key"), [("Ctrl+D", b"\x04"), ("Ctrl+C", b"\x03"), ("Ctrl+Z", b"\x1a")]
-)
-def test_control_key_in_a_terminal_ends_the_chat_with_exit_code_0(name, key, trained):
-    ours, theirs = os.openpty()
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    chat = start_chat(trained, name, **streams, preexec_fn=lambda: take_terminal(theirs))
-    os.close(theirs)
-    try:
-        read_until(ours, "user:")
-        os.write(ours, "你好\n".encode())
-        read_until(ours, "\nuser:")
-        os.write(ours, key)
-        assert chat.wait(timeout=20) == 0
-    finally:
-        chat.kill()
-        os.close(ours)
-    samples = (trained / name / "sample.txt").read_text(encoding="utf-8")
-    assert re.fullmatch(rf"{HEADER}user:你好\nchatbot:{DIALOGUES['你好']}\n", samples)
-
-
-def take_terminal(terminal: int) -> None:
-    """在子进程里把伪终端变成控制终端，控制键才会变成信号。"""
-    import fcntl
-    import termios
-
-    os.setsid()
-    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+@pytest.mark.parametrize("name", KEYS)
+def test_control_key_in_a_terminal_ends_the_chat_with_exit_code_0(name, trained, chats):
+    chat, terminal = chats[name]
+    read_until(terminal, "user:")
+    os.write(terminal, "你好\n".encode())
+    assert f"chatbot:{DIALOGUES['你好']}" in read_until(terminal, "\nuser:")
+    os.write(terminal, KEYS[name])
+    assert chat.wait(timeout=20) == 0
+    assert_samples_are_one_whole_turn(trained / name / "sample.txt")

@@ -1,0 +1,259 @@
+"""推理引擎：只为生成而写的 GPT-2，权重预先打包，缓存预先分配，每个 token 只做非做不可的事。
+
+与 transformers 的 GPT2LMHeadModel 算同一个函数，CPU 与 GPU 通用；不导入 transformers。
+
+形状记号: B 批大小   T 本次送入的 token 数   S 缓存里已有的位置数   C 隐藏宽度
+          H 头数   D 每头宽度   V 词表大小   I、O 线性层的输入、输出宽度
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from chitchat.runtime import UserError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), lambda x: F.gelu(x, approximate="tanh")
+    ),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
+# 一次只算一行时瓶颈是读内存：线程再多，分到的一份还抵不上一次同步。
+MAX_THREADS = 8
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """把 ``auto`` 变成具体的精度：CPU 上 int8，GPU 上 bf16。
+
+    Raises:
+        UserError: GPU 上要 int8，或这台机器的 torch 没有 int8 内核。
+    """
+    is_cpu = device.type == "cpu"
+    has_int8 = bool({"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines))
+    if precision == "int8" and not (is_cpu and has_int8):
+        raise UserError(
+            "--precision int8 只能在 x86 的 CPU 上用：请加 --no_cuda，或改用 --precision bf16"
+        )
+    if precision != "auto":
+        return precision
+    if is_cpu:
+        return "int8" if has_int8 else "fp32"
+    return "bf16"
+
+
+class DenseLinear:
+    """不量化的线性层。"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """记下权重 (O, I) 和偏置 (O,)。"""
+        self._weight, self._bias = weight.contiguous(), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """计算 ``x @ weight.T + bias``，形状 (B, T, I) 变成 (B, T, O)。"""
+        return F.linear(x, self._weight, self._bias)
+
+
+class Int8Linear:
+    """int8 权重、int8 激活的线性层：权重每个输出一个尺度，激活每行一个尺度，输入输出是 float32。
+
+    激活按行量化，所以一行的结果与同批的其他行无关，成批生成与单独生成一致。
+    整数乘加用 torch 自带的 fbgemm；换一种打包格式只需改这一个类。
+    """
+
+    # 没有 VNNI 的 CPU 把两个 u8×s8 的积加成 int16：激活只用 7 位（1 至 127）才不会溢出。
+    _ZERO_POINT, _LIMIT = 64, 63
+    _TINY = 1e-12  # 全零的行不能除以零
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """量化并打包权重 (O, I) 和偏置 (O,)；之后不再引用 weight。"""
+        num_outputs = weight.size(0)
+        self._bias = torch.zeros(num_outputs) if bias is None else bias
+        scales = weight.abs().amax(dim=1).clamp_min(self._TINY).double() / 127
+        zero_points = torch.zeros(num_outputs, dtype=torch.long)
+        with warnings.catch_warnings():
+            # torch 打算改在 torchao 里做量化，那里还没有能替代 fbgemm 的 CPU 内核。
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
+        torch.backends.quantized.engine = "fbgemm"
+        self._packed = torch.ops.quantized.linear_prepack(quantized, self._bias)
+        self._run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """计算 ``x @ weight.T + bias``，形状 (B, T, I) 变成 (B, T, O)。"""
+        if x.numel() == x.size(-1):
+            low, high = x.aminmax()
+            peak = max(-float(low), float(high), self._TINY)
+            return self._run(x, peak / self._LIMIT, self._ZERO_POINT, self._packed)
+        peaks = x.abs().amax(dim=-1, keepdim=True).clamp_min_(self._TINY)  # (B, T, 1)
+        y = self._run(x / peaks, 1 / self._LIMIT, self._ZERO_POINT, self._packed)
+        # y = Wx/peaks + bias，所以 bias + peaks · (y - bias) = Wx + bias。
+        return torch.lerp(self._bias, y, peaks, out=y)
+
+
+Linear = DenseLinear | Int8Linear
+
+
+class KeyValueCache:
+    """一次生成所用的键和值，位置预先分配好，逐个填入。"""
+
+    def __init__(self, layers: list[Tensor], length: int = 0) -> None:
+        """layers 每层一个，形状 (2, B, H, 最多的位置数, D)；length 是已填的位置数。"""
+        self.layers = layers
+        self.length = length
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """取出若干行（下标可重复，形状 (B',)），得到新的缓存。"""
+        layers = []
+        for layer in self.layers:
+            picked = layer.new_empty(2, len(rows), *layer.shape[2:])
+            picked[..., : self.length, :] = layer[:, rows, :, : self.length]
+            layers.append(picked)
+        return KeyValueCache(layers, self.length)
+
+
+class Engine:
+    """打包好的模型。"""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        *,
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """由 config.json 的字段和 GPT2LMHeadModel 的权重建立。
+
+        Args:
+            config: GPT2Config 的字段。
+            weights: 权重，键名与 GPT2LMHeadModel 的相同，可以没有 ``transformer.`` 前缀。
+            precision: ``fp32``、``bf16`` 或 ``int8``。
+            device: 放在哪个设备上。
+        """
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.device = torch.device(device)
+        self.n_positions: int = config["n_positions"]
+        self._num_heads: int = config["n_head"]
+        self._head_width: int = config["n_embd"] // config["n_head"]
+        self._eps: float = config.get("layer_norm_epsilon", 1e-5)
+        activation = config.get("activation_function", "gelu_new")
+        if activation not in ACTIVATIONS:
+            raise UserError(
+                f"config.json 的 activation_function 是 {activation}，"
+                f"只支持 {'、'.join(ACTIVATIONS)}"
+            )
+        self._activation = ACTIVATIONS[activation]
+        make_linear = Int8Linear if precision == "int8" else DenseLinear
+
+        def get(name: str) -> Tensor:
+            key = f"transformer.{name}" if f"transformer.{name}" in weights else name
+            return weights[key].to(self.device, dtype)
+
+        def linear(name: str, query_scale: float = 1.0) -> Linear:
+            # GPT-2 的 Conv1D 把权重存成 (I, O)。
+            weight, bias = get(f"{name}.weight").T.clone(), get(f"{name}.bias").clone()
+            # 注意力分数的缩放预先乘进产生 query 的前 C 行。
+            weight[: config["n_embd"]] *= query_scale
+            bias[: config["n_embd"]] *= query_scale
+            return make_linear(weight, bias)
+
+        self._token_embedding = get("wte.weight")  # (V, C)
+        self._position_embedding = get("wpe.weight")  # (n_positions, C)
+        self._final_norm = (get("ln_f.weight"), get("ln_f.bias"))
+        self._layers = [
+            (
+                (get(f"h.{i}.ln_1.weight"), get(f"h.{i}.ln_1.bias")),
+                linear(f"h.{i}.attn.c_attn", query_scale=self._attention_scale(config, i)),
+                linear(f"h.{i}.attn.c_proj"),
+                (get(f"h.{i}.ln_2.weight"), get(f"h.{i}.ln_2.bias")),
+                linear(f"h.{i}.mlp.c_fc"),
+                linear(f"h.{i}.mlp.c_proj"),
+            )
+            for i in range(config["n_layer"])
+        ]
+        head = "lm_head.weight" if "lm_head.weight" in weights else "wte.weight"
+        self._head = make_linear(get(head), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """词表大小 V。"""
+        return self._token_embedding.size(0)
+
+    def _attention_scale(self, config: Mapping[str, Any], layer: int) -> float:
+        scale = self._head_width**-0.5 if config.get("scale_attn_weights", True) else 1.0
+        return scale / (layer + 1 if config.get("scale_attn_by_inverse_layer_idx") else 1)
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KeyValueCache:
+        """分配空的缓存，放得下 batch_size 行、每行 max_tokens 个位置。"""
+        shape = (2, batch_size, self._num_heads, max_tokens, self._head_width)
+        return KeyValueCache([self._token_embedding.new_empty(shape) for _ in self._layers])
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """送入新的 token，填好缓存，给出它们的隐藏状态。
+
+        Args:
+            input_ids: 形状 (B, T)；缓存非空时 T 必须是 1。
+            cache: 会被填入 T 个位置。
+            positions: 位置编号，形状 (B, T)；默认接着缓存往后数。
+            mask: 加到注意力分数上，形状 (B, 1, T, S+T)，看不见处是 -inf；默认是因果的。
+
+        Returns:
+            最后一层归一化之后的隐藏状态，形状 (B, T, C)。
+        """
+        batch_size, num_tokens = input_ids.shape
+        start, end = cache.length, cache.length + num_tokens
+        if positions is None:
+            position_embedding = self._position_embedding[start:end]
+        else:
+            position_embedding = self._position_embedding[positions]
+        x = F.embedding(input_ids, self._token_embedding) + position_embedding  # (B, T, C)
+        width = x.shape[-1:]
+        heads = (batch_size, num_tokens, 3, self._num_heads, self._head_width)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            norm_1, attention_in, attention_out, norm_2, mlp_in, mlp_out = layer
+            qkv = attention_in(F.layer_norm(x, width, *norm_1, self._eps)).view(heads)
+            qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            layer_cache[..., start:end, :] = qkv[1:]
+            attended = _attend(qkv[0], *layer_cache[..., :end, :], mask)
+            x = x + attention_out(attended.transpose(1, 2).reshape(x.shape))
+            x = x + mlp_out(self._activation(mlp_in(F.layer_norm(x, width, *norm_2, self._eps))))
+        cache.length = end
+        return F.layer_norm(x, width, *self._final_norm, self._eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """下一个 token 的分数：隐藏状态 (..., C) 变成 float32 的 (..., V)。"""
+        return self._head(hidden).float()
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """注意力；queries 已缩放，形状 (B, H, T, D)；keys 与 values (B, H, S+T, D)；mask 同上。"""
+    batch_size, num_heads, num_queries, width = queries.shape
+    if num_queries > 1:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1.0
+        )
+    # 只有一个 query 时，CPU 上两次 bmm 比 scaled_dot_product_attention 快。
+    rows = batch_size * num_heads
+    scores = torch.bmm(queries.reshape(rows, 1, width), keys.flatten(0, 1).transpose(1, 2))
+    if mask is not None:
+        scores = (scores.view(batch_size, num_heads, 1, -1) + mask).view(rows, 1, -1)
+    return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).view(queries.shape)

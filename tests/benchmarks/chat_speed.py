@@ -1,0 +1,340 @@
+"""对话速度：参考实现的循环、generate、CTranslate2、llama.cpp 与本项目，同一个随机的 12 层模型。
+
+用法: ``python -m tests.benchmarks.chat_speed [--rounds 15]``，没有装的就跳过。各家轮流各答一句，
+机器忙闲对谁都一样。上下文 40 个 token，回复固定 25 个 token。
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
+from transformers.generation import SuppressTokensLogitsProcessor, TopKLogitsWarper
+from transformers.generation.streamers import BaseStreamer
+
+from chitchat.engine import Engine
+from chitchat.generation import Generator
+from chitchat.knobs import SamplingOptions
+from chitchat.tokenizer import SpecialIds
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONTEXT_LEN, REPLY_LEN, TOP_K = 40, 25, 8
+IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
+FORBIDDEN = list(range(104))  # [SEP] 也禁止，回复因此总是 25 个 token
+Reply = Callable[[list[int], Callable[[], None]], object]  # (上下文, 每个 token 后的回调)
+
+
+def reference_loop(model: GPT2LMHeadModel) -> Reply:
+    """参考实现：每个 token 重算整个上下文，不关梯度。"""
+
+    def reply(context: list[int], tick: Callable[[], None]) -> None:
+        token_ids = list(context)
+        for _ in range(REPLY_LEN):
+            logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0, -1]
+            logits[FORBIDDEN] = -torch.inf
+            logits[logits < logits.topk(TOP_K)[0][-1]] = -torch.inf
+            token_ids.append(int(torch.multinomial(logits.softmax(-1), 1)))
+            tick()
+
+    return reply
+
+
+def generate_loop(model: GPT2LMHeadModel) -> Reply:
+    """transformers 的 generate，float32，带缓存。"""
+
+    class Ticker(BaseStreamer):
+        def __init__(self, tick: Callable[[], None]) -> None:
+            self.tick, self.is_context = tick, True
+
+        def put(self, value: object) -> None:
+            if not self.is_context:
+                self.tick()
+            self.is_context = False
+
+        def end(self) -> None:
+            pass
+
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(FORBIDDEN)])
+    processors.append(TopKLogitsWarper(TOP_K))
+
+    def reply(context: list[int], tick: Callable[[], None]) -> None:
+        input_ids = torch.tensor([context])
+        with torch.inference_mode():
+            model.generate(
+                input_ids, attention_mask=torch.ones_like(input_ids), do_sample=True, top_k=0,
+                max_new_tokens=REPLY_LEN, eos_token_id=None, pad_token_id=0,
+                logits_processor=processors, streamer=Ticker(tick),
+            )  # fmt: skip
+
+    return reply
+
+
+def our_loop(model: GPT2LMHeadModel, precision: str) -> Reply:
+    engine = Engine(model.config.to_dict(), model.state_dict(), precision=precision)
+    generator, options = Generator(engine, IDS, FORBIDDEN), SamplingOptions(max_len=REPLY_LEN)
+
+    def reply(context: list[int], tick: Callable[[], None]) -> None:
+        generator.generate([context], options, [random.Random(0)], on_token=lambda _: tick())
+
+    return reply
+
+
+def ctranslate2_loop(model: GPT2LMHeadModel, directory: Path) -> Reply:
+    """CTranslate2，int8。"""
+    import ctranslate2
+    from ctranslate2.converters.transformers import GPT2Loader
+
+    model.config.activation_function = "gelu_new"  # 与 gelu_pytorch_tanh 是同一个函数
+    spec = GPT2Loader().get_model_spec(model)
+    names = [f"t{i}" for i in range(model.config.vocab_size)]
+    spec.register_vocabulary(names)
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = names[101:104]
+    spec.validate()
+    spec.optimize(quantization="int8")
+    directory.mkdir()
+    spec.save(str(directory))
+    generator = ctranslate2.Generator(
+        str(directory), compute_type="int8", intra_threads=torch.get_num_threads()
+    )
+
+    def reply(context: list[int], tick: Callable[[], None]) -> None:
+        generator.generate_batch(
+            [[names[i] for i in context]], max_length=REPLY_LEN, min_length=REPLY_LEN,
+            sampling_topk=TOP_K, include_prompt_in_result=False,
+            callback=lambda _: bool(tick()),
+        )  # fmt: skip
+
+    return reply
+
+
+def write_gguf(model: GPT2LMHeadModel, path: Path) -> None:
+    """q8_0 的 GGUF，不带词表。"""
+    import gguf
+    import numpy as np
+
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    parts = {
+        "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+        "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    }  # fmt: skip
+    tensors = {"token_embd.weight": "wte.weight", "position_embd.weight": "wpe.weight"}
+    tensors |= {f"output_norm.{kind}": f"ln_f.{kind}" for kind in ("weight", "bias")}
+    for i in range(config.n_layer):
+        for ours, theirs in parts.items():
+            for kind in ("weight", "bias"):
+                tensors[f"blk.{i}.{theirs}.{kind}"] = f"h.{i}.{ours}.{kind}"
+    state = model.transformer.state_dict()
+    for name, key in tensors.items():
+        tensor = state[key]
+        is_linear = key.startswith("h.") and tensor.dim() == 2
+        array = np.ascontiguousarray((tensor.T if is_linear else tensor).float().numpy())
+        if array.ndim == 2 and name != "position_embd.weight":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_loop(model: GPT2LMHeadModel, path: Path) -> Reply:
+    """llama.cpp，q8_0；llama-cpp-python 的底层接口，采样用 llama.cpp 自己的 top-k。"""
+    import ctypes
+
+    import llama_cpp as ll
+
+    write_gguf(model, path)
+    ll.llama_backend_init()
+    silent = ll.llama_log_callback(lambda *_: None)
+    ll.llama_log_set(silent, ctypes.c_void_p(0))
+    handle = ll.llama_model_load_from_file(str(path).encode(), ll.llama_model_default_params())
+    params = ll.llama_context_default_params()
+    params.n_ctx = 256
+    params.n_threads = params.n_threads_batch = torch.get_num_threads()
+    context_handle = ll.llama_init_from_model(handle, params)
+    sampler = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
+    ll.llama_sampler_chain_add(sampler, ll.llama_sampler_init_top_k(TOP_K))
+    ll.llama_sampler_chain_add(sampler, ll.llama_sampler_init_dist(0))
+
+    def decode(tokens: list[int]) -> int:
+        array = (ll.llama_token * len(tokens))(*tokens)
+        if ll.llama_decode(context_handle, ll.llama_batch_get_one(array, len(tokens))):
+            raise RuntimeError("llama_decode failed")
+        return ll.llama_sampler_sample(sampler, context_handle, -1)
+
+    def reply(context: list[int], tick: Callable[[], None]) -> None:
+        ll.llama_memory_clear(ll.llama_get_memory(context_handle), True)
+        token = decode(context)
+        tick()
+        for _ in range(REPLY_LEN - 1):
+            token = decode([token])
+            tick()
+
+    reply.keep = silent
+    return reply
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def build_loops(model: GPT2LMHeadModel, directory: Path) -> Iterator[tuple[str, Reply]]:
+    yield "参考实现的循环 fp32", reference_loop(model)
+    yield "generate fp32", generate_loop(model)
+    yield "本项目 fp32", our_loop(model, "fp32")
+    with suppress(ImportError):
+        yield "CTranslate2 int8", ctranslate2_loop(model, directory / "ct2")
+    with suppress(ImportError):
+        yield "llama.cpp q8_0", llama_cpp_loop(model, directory / "model.gguf")
+    yield "本项目 int8", our_loop(model, "int8")
+
+
+def measure_replies(model: GPT2LMHeadModel, rounds: int) -> None:
+    context = torch.randint(104, model.config.vocab_size, (CONTEXT_LEN,)).tolist()
+    with tempfile.TemporaryDirectory() as directory:
+        loops = dict(build_loops(model, Path(directory)))
+        first: dict[str, list[float]] = {name: [] for name in loops}
+        whole: dict[str, list[float]] = {name: [] for name in loops}
+        for round_number in range(-2, rounds):
+            for name, reply in loops.items():
+                if "参考" in name and round_number % 3:
+                    continue
+                ticks: list[float] = []
+                start = time.perf_counter()
+                reply(context, lambda ticks=ticks: ticks.append(time.perf_counter()))
+                if round_number >= 0:
+                    assert len(ticks) == REPLY_LEN, (name, len(ticks))
+                    first[name].append(1000 * (ticks[0] - start))
+                    whole[name].append(1000 * (ticks[-1] - start))
+    ours = percentile(whole["本项目 int8"], 0.5)
+    print("| 做法 | token/s | 首字 ms | 其 95% | 整句 ms | 其 95% | 本项目 int8 快 |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
+    for name in loops:
+        median = percentile(whole[name], 0.5)
+        cells = [
+            f"{1000 * REPLY_LEN / median:.1f}",
+            *(f"{percentile(t[name], p):.0f}" for t in (first, whole) for p in (0.5, 0.95)),
+            f"{median / ours:.2f} ×",
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def measure_limit(model: GPT2LMHeadModel) -> None:
+    data = torch.ones(100_000_000)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    rate = data.nbytes / percentile(times, 0.5)
+    state = model.state_dict()
+    num_weights = sum(
+        w.numel() for name, w in state.items() if w.dim() == 2 and "wpe" not in name
+    ) - state["lm_head.weight"].numel()  # fmt: skip
+    print(f"读内存 {rate / 1e9:.1f} GB/s；int8 权重 {num_weights / 1e6:.0f} MB；"
+          f"上限 {rate / num_weights:.0f} token/s")  # fmt: skip
+
+
+def measure_batches(model: GPT2LMHeadModel, num_dialogues: int) -> None:
+    """整个文件的成批回答与一句一句地答，上下文 10 到 40 个 token，都是 int8。"""
+    engine = Engine(model.config.to_dict(), model.state_dict(), precision="int8")
+    generator, options = Generator(engine, IDS, FORBIDDEN), SamplingOptions(max_len=REPLY_LEN)
+    rng = random.Random(0)
+    contexts = sorted(
+        (
+            [101, *rng.choices(range(104, 13317), k=rng.randint(9, 39))]
+            for _ in range(num_dialogues)
+        ),
+        key=len,
+    )
+    seconds = {}
+    for size in (1, 16, 32, 64):
+        rows = contexts if size > 1 else contexts[:: max(1, num_dialogues // 16)]
+        start = time.perf_counter()
+        for i in range(0, len(rows), size):
+            batch = rows[i : i + size]
+            generator.generate(batch, options, [random.Random(0) for _ in batch])
+        seconds[size] = (time.perf_counter() - start) / len(rows)
+    for size, each in seconds.items():
+        print(f"每批 {size:2d} 段：每句 {1000 * each:.0f} ms，快 {seconds[1] / each:.1f} 倍")
+
+
+def measure_startup(model: GPT2LMHeadModel) -> None:
+    """从敲下命令到出现问候语；旁边是参考实现的 import。"""
+    from chitchat.checkpoint import save_checkpoint
+    from chitchat.tokenizer import load_tokenizer
+
+    imports = (
+        "import transformers, torch, os, json, random, numpy, argparse\n"
+        "from torch.utils.tensorboard import SummaryWriter\n"
+        "from tqdm import tqdm\n"
+        "from torch.nn import DataParallel\n"
+        "from transformers import BertTokenizerFast, GPT2LMHeadModel, GPT2Config\n"
+        "import torch.nn.functional as F"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = Path(directory) / "model"
+        save_checkpoint(checkpoint, model, load_tokenizer(ROOT / "vocab" / "vocab.txt"))
+        chat = [
+            str(ROOT / "interact.py"), "--no_cuda", "--model_path", str(checkpoint),
+            "--log_path", f"{directory}/log", "--save_samples_path", directory,
+        ]  # fmt: skip
+        ours, replied, theirs = [], [], []
+        for _ in range(5):
+            start = time.perf_counter()
+            with subprocess.Popen(
+                [sys.executable, *chat], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as process:
+                process.stdout.readline()
+                ours.append(time.perf_counter() - start)
+                process.stdin.write("你好\n")
+                process.stdin.flush()
+                process.stdout.readline()
+                replied.append(time.perf_counter() - start)
+                process.stdin.close()
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", imports], check=True)
+            theirs.append(time.perf_counter() - start)
+    print(f"问候语 {percentile(ours, 0.5):.2f} s；第一句答完 {percentile(replied, 0.5):.2f} s")
+    print(f"参考实现只算 import {percentile(theirs, 0.5):.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="每种做法答几句（默认 %(default)s）")
+    parser.add_argument("--dialogues", type=int, default=64, help="成批的段数（默认 %(default)s）")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = GPT2Config(**json.loads((ROOT / "model" / "config.json").read_text("utf-8")))
+    config.bos_token_id = config.eos_token_id = None
+    model = GPT2LMHeadModel(config).eval()
+    measure_replies(model, args.rounds)
+    measure_limit(model)
+    measure_batches(model, args.dialogues)
+    measure_startup(model)
+
+
+if __name__ == "__main__":
+    main()
