@@ -386,6 +386,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
     state_path = args.save_model_dir / STATE_NAME
     identity = {
+        "precision": precision,
         **{name: getattr(args, name) for name in UNCHANGEABLE},
         **fingerprint(table, tokenizer, model),
     }
@@ -419,7 +420,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
         save_progress=save_progress,
         describe=describe,
     )
-    if processes.is_main:
+    if processes.is_main and is_done:
         curve_path = args.save_model_dir / "loss.png"
         if save_loss_curve(curve_path, progress.train_losses, progress.val_losses):
             logger.info("curve=%s", curve_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,16 @@ if TYPE_CHECKING:
 
     from chitchat.engine import Engine
 
+# transformers 和 torch.load 读不出文件时抛出的异常
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # 把 messages 写成 [CLS]u1[SEP]u2[SEP]。消息里的 [SEP] 之类拆成“[ sep ]”，
@@ -91,11 +102,14 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
         _check_model_dir(directory)
     elif directory.exists() or name_or_dir.count("/") != 1 or directory.parent.is_dir():
         raise UserError(f"找不到模型文件夹 {name_or_dir}{_list_checkpoints(directory.parent)}")
+    model_type = read_config(name_or_dir).get("model_type", "gpt2")
+    if model_type != "gpt2":
+        raise UserError(f"{name_or_dir} 是 {model_type} 模型，不是 GPT-2：请换一个文件夹")
     try:
         model, report = GPT2LMHeadModel.from_pretrained(
             name_or_dir, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"

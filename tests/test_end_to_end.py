@@ -162,6 +162,7 @@ def test_control_key_in_a_terminal_ends_the_chat_with_exit_code_0(name, trained,
     read_until(terminal, "user:")
     os.write(terminal, "你好\n".encode())
     assert f"chatbot:{DIALOGUES['你好']}" in read_until(terminal, "\nuser:")
+    time.sleep(0.3)  # 像人一样：提示符出现之后，输入库还要一瞬才开始等待按键
     os.write(terminal, KEYS[name])
     assert chat.wait(timeout=20) == 0
     assert_samples_are_one_whole_turn(trained / name / "sample.txt")
