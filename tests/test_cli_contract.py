@@ -58,7 +58,6 @@ TRAIN = [
     ("--log_step", "int>=1", 10),
     ("--gradient_accumulation_steps", "int>=1", 4),
     ("--max_grad_norm", "float>0", 2.0),
-    ("--train_mmi", "switch", False),
     ("--save_model_path", "path", "model"),
     ("--pretrained_model", "text", ""),
     ("--num_workers", "int>=0", 0),
