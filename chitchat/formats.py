@@ -50,7 +50,7 @@ def read_text(file: TextIO, options: ReadOptions) -> Iterator[Dialogue]:
     """一行一句，空行分隔对话；只含空白的行算空行，连续的空行算一个。"""
     utterances: list[str] = []
     number = 0
-    for number, line in enumerate(file, 1):  # noqa: B007 结束之后还要用
+    for number, line in enumerate(file, 1):
         utterance = line.strip()
         if utterance:
             utterances.append(utterance)
