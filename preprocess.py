@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_path_options(add: Callable) -> None:
     """读什么，写到哪里。"""
     path = {"type": Path, "metavar": "FILE"}
-    add("--vocab_path", **path, default=Path("vocab/vocab.txt"), help="词表文件（默认 %(default)s）")
+    add("--vocab_path", **path, default=Path("vocab/vocab.txt"),
+        help="词表文件（默认 %(default)s）")
     add("--log_path", **path, default=Path("data/preprocess.log"),
         help="日志文件，追加写入（默认 %(default)s）")
     add("--train_path", type=Path, metavar="FILE", nargs="+", default=[Path("data/train.txt")],
@@ -68,13 +69,13 @@ def add_format_options(add: Callable) -> None:
     """怎样读懂语料；名字与 ReadOptions 的字段相同。"""
     column = {"metavar": "NAME"}
     add("--format", choices=["auto", *READERS], default="auto",
-        help="语料的格式，auto 由文件名和内容认出；text 是一行一句、空行分隔对话（默认 %(default)s）")
+        help="语料的格式，auto 由文件名和内容认出；text 一行一句、空行分隔（默认 %(default)s）")
     add("--encoding", default="auto", metavar="NAME",
         help="语料的编码，auto 在 UTF-8、UTF-16、GB 18030 里认出（默认 %(default)s）")
     add("--split", default="train", metavar="NAME",
         help="JSON 里有几份时用哪一份（默认 %(default)s）")
     add("--text_column", **column, help="CSV 里文字的列名（默认由列名认出）")
-    add("--dialogue_column", **column, help="CSV 里对话编号的列名，编号相同的是一段（默认由列名认出）")
+    add("--dialogue_column", **column, help="CSV 里对话编号的列名，同号的是一段（默认由列名认出）")
     add("--speaker_column", **column, help="CSV 聊天记录里说话人的列名（默认由列名认出）")
     add("--time_column", **column, help="CSV 聊天记录里时间的列名（默认由列名认出）")
     add("--gap_minutes", type=bounded(float, above=0), default=30, metavar="MINUTES",
@@ -87,7 +88,7 @@ def add_filter_options(add: Callable) -> None:
     add("--check", action="store_true", help="只读不写：报告读懂了什么、有哪些可疑之处")
     add("--plot", type=Path, metavar="PNG", help="把每段对话的 token 数画成直方图，存到这里")
     add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
-        help="报告有多少对话超过这个长度，与 train.py 的 --max_len 同义；不截断（默认 %(default)s）")
+        help="报告有多少对话超过它，与 train.py 的 --max_len 同义；不截断（默认 %(default)s）")
     add("--min_turns", type=bounded(int, minimum=1), default=1, metavar="N",
         help="不要少于 N 句的对话（默认 %(default)s）")
     add("--max_turns", type=optional_count, default=0, metavar="N",
@@ -187,6 +188,7 @@ class Statistics:
 
     @property
     def num_tokens(self) -> int:
+        """token 总数。"""
         return sum(length * count for length, count in self.lengths.items())
 
     def log(self, max_len: int) -> None:
@@ -235,9 +237,8 @@ def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> CorpusCheck:
             result.add(dialogue, token_ids, source.name)
     if result.lengths:
         for source in corpus.sources:
-            print(
-                f"{source.name}：{source_format(source, corpus.options)} 格式，{source.encoding} 编码"
-            )
+            found = source_format(source, corpus.options)
+            print(f"{source.name}：{found} 格式，{source.encoding} 编码")
         print("\n".join(result.report()))
     return result
 

@@ -138,7 +138,8 @@ class CorpusCheck:
             advice.append(f"{repeated} 段对话与前面的完全相同，可用 --drop_duplicates 去掉")
         if 20 * num_long > num_dialogues:
             advice.append(
-                f"{num_long:,} 段对话比 --max_len {self.max_len} 长，训练时可把 train.py 的 --max_len 调大"
+                f"{num_long:,} 段对话比 --max_len {self.max_len} 长，"
+                "训练时可把 train.py 的 --max_len 调大"
             )
         if 100 * self.num_unk > sum(n * count for n, count in self.lengths.items()):
             advice.append("[UNK] 超过百分之一，可用 --build_vocab 13317 由语料学一份词表")

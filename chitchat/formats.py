@@ -190,7 +190,8 @@ def read_csv(file: TextIO, options: ReadOptions) -> Iterator[Dialogue]:
         return
     if not {"speaker", "time"} <= columns.keys():
         raise UserError(
-            f"CSV 的列 {'、'.join(header)} 里看不出怎样分对话：请用 --dialogue_column 指定对话编号的列，"
+            f"CSV 的列 {'、'.join(header)} 里看不出怎样分对话："
+            "请用 --dialogue_column 指定对话编号的列，"
             "或用 --speaker_column 和 --time_column 指定说话人和时间的列"
         )
     messages = _read_csv_messages(rows, columns)

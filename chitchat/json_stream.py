@@ -42,7 +42,8 @@ def iterate_json(file: TextIO, split: str) -> Iterator[object]:
     stream.expect("}")
     if split not in names:
         raise UserError(
-            f"JSON 里没有叫 {split} 的一份：有 {'、'.join(names) or '零份'}；请用 --split 指定其中之一"
+            f"JSON 里没有叫 {split} 的一份：有 {'、'.join(names) or '零份'}；"
+            "请用 --split 指定其中之一"
         )
 
 
@@ -80,9 +81,8 @@ class _Stream:
     def expect(self, char: str) -> None:
         found = self.take()
         if found != char:
-            raise UserError(
-                f"JSON 不完整：应有 {char}，得到 {found or '文件末尾'}；请重新下载或改正"
-            )
+            found = found or "文件末尾"
+            raise UserError(f"JSON 不完整：应有 {char}，得到 {found}；请重新下载或改正")
 
     def value(self) -> object:
         """解出下一个值；缓冲区里的还不完整就成倍地多读。"""

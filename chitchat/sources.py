@@ -154,7 +154,7 @@ def _open_container(path: Path, encoding: str) -> Iterator[Source]:
             names = [n for n in archive.namelist() if n.lower().endswith(TEXT_SUFFIXES)]
         if not names:
             raise UserError(f"{path} 里没有语料：应有 {'、'.join(TEXT_SUFFIXES)} 文件")
-        openers = [(n, lambda raw, n=n: zipfile.ZipFile(raw).open(n)) for n in names]
+        openers = [(n, lambda raw, n=n: zipfile.ZipFile(raw).open(n)) for n in names]  # noqa: SIM115
         parts = [(f"{path}:{n}", PurePath(n).suffix, opener) for n, opener in openers]
     elif suffix == ".gz":
         parts = [(str(path), Path(path.stem).suffix, gzip.open)]

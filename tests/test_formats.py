@@ -30,7 +30,8 @@ BY_NAME = {
     "a.jsonl": json.dumps({"messages": MESSAGES}) + "\n\n" + json.dumps(DIALOGUES[1]) + "\n",
     "a.conv": "E\nM 你好\r\nM hi there\nE\nE\nM \nM 在吗\nM 在\nM 😂\u0085好\n",
     "conv.txt": "E\nM 你好\nM hi there\nE\nM 在吗\nM 在\nM 😂\u0085好\n",
-    "a.csv": "Dialogue_ID,Speaker,Utterance\n1,x,你好\n1,x,hi there\n2,y,在吗\n2,x,在\n2,y,😂\u0085好\n",
+    "a.csv": "Dialogue_ID,Speaker,Utterance\n1,x,你好\n1,x,hi there\n"
+    "2,y,在吗\n2,x,在\n2,y,😂\u0085好\n",
     "json.txt": json.dumps(DIALOGUES),
 }  # fmt: skip
 

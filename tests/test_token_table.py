@@ -256,8 +256,9 @@ def test_folder_with_other_files_is_never_replaced(tmp_path):
 def test_failure_while_writing_keeps_what_was_there(tmp_path, name):
     path = tmp_path / name
     save_token_lists(path, DIALOGUES)
-    with pytest.raises(RuntimeError), open_writer(path, VOCAB_SIZE, {}) as writer:
-        writer.write([[1, 2, 3]])
-        raise RuntimeError
+    with pytest.raises(RuntimeError):  # noqa: PT012
+        with open_writer(path, VOCAB_SIZE, {}) as writer:
+            writer.write([[1, 2, 3]])
+            raise RuntimeError
     assert rows_of(load_token_table(path, VOCAB_SIZE)) == DIALOGUES
     assert not list(tmp_path.glob(".*"))
