@@ -41,9 +41,11 @@ def learn_vocab(utterances: Iterable[str], size: int) -> list[str]:
     learner = Tokenizer(WordPiece(unk_token=UNK_TOKEN))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = [token for token in KEPT_TOKENS if len(token) == 1]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        limit_alphabet=size - len(KEPT_TOKENS),
+        vocab_size=2 * size,
+        initial_alphabet=letters,  # 总在字母表里，占去的名额因此要补上
+        limit_alphabet=size - len(KEPT_TOKENS) + len(letters),
         special_tokens=list(SPECIAL_TOKENS),
         show_progress=False,
     )

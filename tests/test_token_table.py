@@ -256,7 +256,7 @@ def test_folder_with_other_files_is_never_replaced(tmp_path):
 def test_failure_while_writing_keeps_what_was_there(tmp_path, name):
     path = tmp_path / name
     save_token_lists(path, DIALOGUES)
-    with pytest.raises(RuntimeError):  # noqa: PT012
+    with pytest.raises(RuntimeError):  # noqa: PT012, SIM117
         with open_writer(path, VOCAB_SIZE, {}) as writer:
             writer.write([[1, 2, 3]])
             raise RuntimeError
