@@ -18,7 +18,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from chitchat.corpus import filter_dialogues, read_source, source_format, total_size
+from chitchat.corpus import describe_source, filter_dialogues, read_source, total_size
 from chitchat.corpus_check import CorpusCheck, save_length_histogram
 from chitchat.formats import READERS, Dialogue, ReadOptions
 from chitchat.runtime import CliParser, UserError, bounded, configure_logging, run_cli
@@ -237,8 +237,7 @@ def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> CorpusCheck:
             result.add(dialogue, token_ids, source.name)
     if result.lengths:
         for source in corpus.sources:
-            found = source_format(source, corpus.options)
-            print(f"{source.name}：{found} 格式，{source.encoding} 编码")
+            print(describe_source(source, corpus.options))
         print("\n".join(result.report()))
     return result
 

@@ -59,6 +59,19 @@ def source_format(source: Source, options: ReadOptions) -> str:
     return detect_format(source.suffix, head.split("\n"))
 
 
+def describe_source(source: Source, options: ReadOptions) -> str:
+    """给用户看的一行：文件是什么格式、编码，用了哪几种换行。读一遍文件。"""
+    with source.open() as file:
+        for _ in file:
+            pass
+        found = file.newlines or ()
+    names = {"\n": "LF", "\r\n": "CRLF", "\r": "CR"}
+    ends = [names[end] for end in ((found,) if isinstance(found, str) else found)]
+    mixed = "（混用，不影响读取）" if len(ends) > 1 else ""
+    name = source_format(source, options)
+    return f"{source.name}：{name} 格式，{source.encoding} 编码，{'、'.join(ends) or '没有'} 换行{mixed}"
+
+
 def filter_dialogues(
     dialogues: Iterable[Dialogue],
     *,

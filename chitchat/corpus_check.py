@@ -22,7 +22,8 @@ SUSPICIONS = {
     "乱码": re.compile(
         "\ufffd|锟斤拷|烫烫烫|[\ue000-\uf8ff]|[\u00c0-\u00ff][\u0080-\u00bf]|[\u00c0-\u00ff]{3}"
     ),
-    "控制字符": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]"),
+    "不算换行的换行符": re.compile("[\x0b\x0c\x85\u2028\u2029]"),
+    "控制字符": re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"),
     "网址": re.compile(r"https?://|www\.", re.IGNORECASE),
 }
 

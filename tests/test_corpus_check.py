@@ -57,14 +57,14 @@ def test_report_says_what_was_understood_and_writes_nothing(run, tmp_path, capsy
     assert run("--check", "--max_len", 8) == 0
     report = capsys.readouterr().out
     for text in (
-        "train.txt：text 格式，utf-8-sig 编码",
+        "train.txt：text 格式，utf-8-sig 编码，LF 换行\n",
         "对话 4 段，共 9 句",
         "'龘'×3",
         "重复的对话：1（25.00%）",
         "重复的句子：2（22.22%）",
         "可疑（乱码）：1",
         "train.txt 第 11 行：锟斤拷",
-        "可疑（控制字符）：1",
+        "可疑（不算换行的换行符）：1",
         "train.txt 第 10 行：鈥攁\\x85b",
         "可疑（网址）：1",
         "train.txt 第 8 行：https",
@@ -156,3 +156,10 @@ def test_random_strings_of_all_unicode_encode_as_bert_does(vocab_path):
     bert = BertTokenizerFast(vocab=str(vocab_path), do_lower_case=True)
     ours = encode_utterances(load_tokenizer(vocab_path), texts)
     assert ours == bert(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_mixed_line_ends_are_reported(run, tmp_path, capsys):
+    (tmp_path / "train.txt").write_bytes("你好\r\n再见\n\n好\r".encode())
+    assert run("--check") == 0
+    line = capsys.readouterr().out.split("\n")[0]
+    assert all(name in line for name in ("CR、", "LF", "CRLF", "混用"))
