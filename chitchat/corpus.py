@@ -69,7 +69,8 @@ def describe_source(source: Source, options: ReadOptions) -> str:
     ends = [names[end] for end in ((found,) if isinstance(found, str) else found)]
     mixed = "（混用，不影响读取）" if len(ends) > 1 else ""
     name = source_format(source, options)
-    return f"{source.name}：{name} 格式，{source.encoding} 编码，{'、'.join(ends) or '没有'} 换行{mixed}"
+    kind = f"{name} 格式，{source.encoding} 编码"
+    return f"{source.name}：{kind}，{'、'.join(ends) or '没有'} 换行{mixed}"
 
 
 def filter_dialogues(
