@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import pickle
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,7 @@ class TableWriter:
         """写下一批对话的 token id。"""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         self.offsets.append(self.tokens.length + np.cumsum(lengths))
-        flat = (token for row in rows for token in row)
+        flat = itertools.chain.from_iterable(rows)
         self.tokens.append(np.fromiter(flat, self.tokens.dtype, lengths.sum()))
 
     def finish(self) -> None:
