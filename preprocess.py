@@ -1,6 +1,6 @@
-"""预处理：把 data/train.txt 编码成 data/train.pkl。
+"""预处理：把语料（默认 data/train.txt）编码成训练数据（默认 data/train.pkl）。
 
-每段对话编码为 [CLS] u1 [SEP] u2 [SEP] …，全部对话是一个 list[list[int]]。
+每段对话编码为 [CLS] u1 [SEP] u2 [SEP] …。语料边读边编码边写，从不整个放进内存。
 """
 
 from __future__ import annotations
@@ -9,111 +9,289 @@ import argparse
 import itertools
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from chitchat.corpus import read_dialogues
-from chitchat.runtime import CliParser, UserError, configure_logging, run_cli
-from chitchat.token_table import save_token_lists
-from chitchat.tokenizer import encode_utterances, load_tokenizer, special_ids
+from chitchat.corpus import describe_source, filter_dialogues, read_source, total_size
+from chitchat.corpus_check import CorpusCheck, save_length_histogram
+from chitchat.formats import READERS, Dialogue, ReadOptions
+from chitchat.runtime import CliParser, UserError, bounded, configure_logging, run_cli
+from chitchat.sources import Source, find_sources
+from chitchat.token_writer import check_folder, open_writer
+from chitchat.tokenizer import (
+    encode_utterances,
+    load_tokenizer,
+    read_vocab_lines,
+    special_ids,
+    vocab_fingerprint,
+)
+from chitchat.vocab import derive_reference_vocab
+from chitchat.vocab_learning import KEPT_TOKENS, check_new_vocab, learn_vocab, save_vocab
 
 logger = logging.getLogger("chitchat.preprocess")
 
 DIALOGUES_PER_BATCH = 1000
-DEFAULT_MAX_LEN = 150  # train.py 的 --max_len 默认值
 
 
 def build_parser() -> argparse.ArgumentParser:
     """命令行参数。"""
-    parser = CliParser(description="把文本语料编码成训练数据")
-    parser.add_argument(
-        "--vocab_path",
-        type=Path,
-        default=Path("vocab/vocab.txt"),
-        help="词表文件（默认 %(default)s）",
-    )
-    parser.add_argument(
-        "--log_path",
-        type=Path,
-        default=Path("data/preprocess.log"),
-        help="日志文件，追加写入（默认 %(default)s）",
-    )
-    parser.add_argument(
-        "--train_path",
-        type=Path,
-        default=Path("data/train.txt"),
-        help="语料：UTF-8 文本，一行一句，空行分隔对话（默认 %(default)s）",
-    )
-    parser.add_argument(
-        "--save_path",
-        type=Path,
-        default=Path("data/train.pkl"),
-        help="输出文件，供 train.py 使用（默认 %(default)s）",
-    )
+    parser = CliParser(description="把语料编码成训练数据")
+    add_path_options(parser.add_argument_group("文件").add_argument)
+    add_format_options(parser.add_argument_group("格式").add_argument)
+    add_filter_options(parser.add_argument_group("检查与筛选").add_argument)
+    add_vocab_options(parser.add_argument_group("词表").add_argument)
     return parser
 
 
-def encode_corpus(train_path: Path, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
-    """逐段读语料，成批编码；每段给出各句的 token id。"""
-    size = train_path.stat().st_size if train_path.is_file() else 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc="encode", disable=None) as bar:
+# fmt: off
+def add_path_options(add: Callable) -> None:
+    """读什么，写到哪里。"""
+    path = {"type": Path, "metavar": "FILE"}
+    add("--vocab_path", **path, default=Path("vocab/vocab.txt"),
+        help="词表文件（默认 %(default)s）")
+    add("--log_path", **path, default=Path("data/preprocess.log"),
+        help="日志文件，追加写入（默认 %(default)s）")
+    add("--train_path", type=Path, metavar="FILE", nargs="+", default=[Path("data/train.txt")],
+        help="语料：一个或多个文件、文件夹或带 * 的写法，可以是 .gz、.zip、.zst"
+        "（默认 %(default)s）")
+    add("--save_path", type=Path, metavar="PATH", default=Path("data/train.pkl"),
+        help="训练数据：以 .pkl 结尾是一个文件，否则是可映射进内存的文件夹，语料再大也只占"
+        "少量内存（默认 %(default)s）")
 
-        def report(position: int) -> None:
-            bar.update(position - bar.n)
 
-        dialogues = read_dialogues(train_path, report)
+def add_format_options(add: Callable) -> None:
+    """怎样读懂语料；名字与 ReadOptions 的字段相同。"""
+    column = {"metavar": "NAME"}
+    add("--format", choices=["auto", *READERS], default="auto",
+        help="语料的格式，auto 由文件名和内容认出；text 一行一句、空行分隔（默认 %(default)s）")
+    add("--encoding", default="auto", metavar="NAME",
+        help="语料的编码，auto 在 UTF-8、UTF-16、GB 18030 里认出（默认 %(default)s）")
+    add("--split", default="train", metavar="NAME",
+        help="JSON 里有几份时用哪一份（默认 %(default)s）")
+    add("--text_column", **column, help="CSV 里文字的列名（默认由列名认出）")
+    add("--dialogue_column", **column, help="CSV 里对话编号的列名，同号的是一段（默认由列名认出）")
+    add("--speaker_column", **column, help="CSV 聊天记录里说话人的列名（默认由列名认出）")
+    add("--time_column", **column, help="CSV 聊天记录里时间的列名（默认由列名认出）")
+    add("--gap_minutes", type=bounded(float, above=0), default=30, metavar="MINUTES",
+        help="聊天记录里沉默超过这么多分钟就另起一段对话（默认 %(default)s）")
+
+
+def add_filter_options(add: Callable) -> None:
+    """检查语料，或只要其中一部分。"""
+    optional_count = bounded(int, minimum=0)
+    add("--check", action="store_true", help="只读不写：报告读懂了什么、有哪些可疑之处")
+    add("--plot", type=Path, metavar="PNG", help="把每段对话的 token 数画成直方图，存到这里")
+    add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
+        help="报告有多少对话超过它，与 train.py 的 --max_len 同义；不截断（默认 %(default)s）")
+    add("--min_turns", type=bounded(int, minimum=1), default=1, metavar="N",
+        help="不要少于 N 句的对话（默认 %(default)s）")
+    add("--max_turns", type=optional_count, default=0, metavar="N",
+        help="不要多于 N 句的对话，0 表示不限（默认 %(default)s）")
+    add("--drop_duplicates", action="store_true", help="不要与前面完全相同的对话")
+    add("--max_dialogues", type=optional_count, default=0, metavar="N",
+        help="筛选之后只要前 N 段对话，0 表示不限（默认 %(default)s）")
+
+
+def add_vocab_options(add: Callable) -> None:
+    """先造出词表，写到 --vocab_path，再用它编码。"""
+    add("--build_vocab", type=bounded(int, minimum=len(KEPT_TOKENS) + 1), metavar="SIZE",
+        help="由语料学一份 SIZE 项的词表（默认不学）")
+    add("--bert_vocab", type=Path, metavar="FILE",
+        help="由 bert-base-chinese 的 vocab.txt 得到原项目公开权重所用的词表（默认不用）")
+# fmt: on
+
+
+class Corpus:
+    """命令行所指的语料，可以从头读好几遍。"""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.sources = find_sources(args.train_path, args.encoding)
+        names = [field.name for field in fields(ReadOptions)]
+        self.options = ReadOptions(**{name: getattr(args, name) for name in names})
+        names = ("min_turns", "max_turns", "max_dialogues", "drop_duplicates")
+        self.filters = {name: getattr(args, name) for name in names}
+
+    def __iter__(self) -> Iterator[tuple[Source, Dialogue]]:
+        """逐段读出、筛选，显示进度。"""
+        size = total_size(self.sources)
+        current = self.sources[0]
+        with tqdm(total=size, unit="B", unit_scale=True, desc="read", disable=None) as bar:
+
+            def read_all() -> Iterator[Dialogue]:
+                nonlocal current
+                finished = 0
+                for current in self.sources:
+                    position = 0
+
+                    def report(new: int, finished: int = finished) -> None:
+                        nonlocal position
+                        position = max(position, new)
+                        bar.update(min(size, finished + position) - bar.n)
+
+                    yield from read_source(current, self.options, report)
+                    finished += position
+
+            for dialogue in filter_dialogues(read_all(), **self.filters):
+                yield current, dialogue
+
+
+Batch = list[tuple[Source, Dialogue]]
+
+
+def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """成批编码；编码不占 Python 的锁，在另一个线程里做，这里同时读下一批、写上一批。"""
+    ids = special_ids(tokenizer)
+
+    def encode(batch: Batch) -> list[list[int]]:
+        utterances = [u for _, dialogue in batch for u in dialogue.utterances]
+        encoded = iter(encode_utterances(tokenizer, utterances))
+        rows = []
+        for _, dialogue in batch:
+            token_ids = [ids.cls]
+            for utterance in itertools.islice(encoded, len(dialogue.utterances)):
+                token_ids += utterance
+                token_ids.append(ids.sep)
+            rows.append(token_ids)
+        return rows
+
+    dialogues = iter(corpus)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = None
         while batch := list(itertools.islice(dialogues, DIALOGUES_PER_BATCH)):
-            encoded = iter(encode_utterances(tokenizer, [u for d in batch for u in d]))
-            for dialogue in batch:
-                yield list(itertools.islice(encoded, len(dialogue)))
+            following = (batch, pool.submit(encode, batch))
+            if pending:
+                yield pending[0], pending[1].result()
+            pending = following
+        if pending:
+            yield pending[0], pending[1].result()
 
 
-def log_statistics(
-    dialogues: Sequence[Sequence[int]], *, num_utterances: int, num_unk: int
-) -> None:
-    """写出语料的概况，每项一行。"""
-    lengths = [len(token_ids) for token_ids in dialogues]
-    num_tokens = sum(lengths)
-    logger.info("dialogues=%d", len(dialogues))
-    logger.info("utterances=%d", num_utterances)
-    logger.info("tokens=%d", num_tokens)
-    logger.info(
-        "length_mean=%.1f length_median=%g length_max=%d",
-        num_tokens / len(lengths),
-        statistics.median(lengths),
-        max(lengths),
-    )
-    logger.info("unk_tokens=%d unk_share=%.4f%%", num_unk, 100 * num_unk / num_tokens)
-    too_long = sum(length > DEFAULT_MAX_LEN for length in lengths)
-    logger.info("dialogues_longer_than_%d=%d", DEFAULT_MAX_LEN, too_long)
+class Statistics:
+    """一边编码一边记的数目；内存只随不同的长度数增长。"""
+
+    def __init__(self, unk_id: int) -> None:
+        self.unk_id = unk_id
+        self.lengths: Counter[int] = Counter()
+        self.num_utterances = self.num_unk = 0
+
+    def add(self, batch: Batch, rows: list[list[int]]) -> None:
+        """记下一批。"""
+        self.lengths.update(map(len, rows))
+        self.num_utterances += sum(len(dialogue.utterances) for _, dialogue in batch)
+        self.num_unk += sum(row.count(self.unk_id) for row in rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """token 总数。"""
+        return sum(length * count for length, count in self.lengths.items())
+
+    def log(self, max_len: int) -> None:
+        """写出语料的概况，每项一行。"""
+        num_dialogues, num_tokens = self.lengths.total(), self.num_tokens
+        ordered = sorted(self.lengths)
+        ranks = list(itertools.accumulate(self.lengths[length] for length in ordered))
+        middle = [
+            next(length for length, rank in zip(ordered, ranks, strict=True) if rank > position)
+            for position in ((num_dialogues - 1) // 2, num_dialogues // 2)
+        ]
+        logger.info("dialogues=%d", num_dialogues)
+        logger.info("utterances=%d", self.num_utterances)
+        logger.info("tokens=%d", num_tokens)
+        logger.info(
+            "length_mean=%.1f length_median=%g length_max=%d",
+            num_tokens / num_dialogues,
+            statistics.mean(middle),
+            ordered[-1],
+        )
+        share = 100 * self.num_unk / num_tokens
+        logger.info("unk_tokens=%d unk_share=%.4f%%", self.num_unk, share)
+        too_long = sum(count for length, count in self.lengths.items() if length > max_len)
+        logger.info("dialogues_longer_than_%d=%d", max_len, too_long)
+
+
+def make_vocab(args: argparse.Namespace, corpus: Corpus) -> None:
+    """按 --build_vocab 或 --bert_vocab 造出词表，写到 --vocab_path。"""
+    if args.build_vocab and args.bert_vocab:
+        raise UserError("--build_vocab 与 --bert_vocab 只能用一个：请去掉其中之一")
+    check_new_vocab(args.vocab_path)
+    if args.bert_vocab:
+        vocab = derive_reference_vocab(read_vocab_lines(args.bert_vocab))
+    else:
+        utterances = (u for _, dialogue in corpus for u in dialogue.utterances)
+        vocab = learn_vocab(utterances, args.build_vocab)
+    save_vocab(args.vocab_path, vocab)
+    logger.info("vocab=%s vocab_size=%d", args.vocab_path, len(vocab))
+
+
+def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> CorpusCheck:
+    """读完语料，把读懂了什么打印到标准输出。"""
+    result = CorpusCheck(tokenizer, max_len)
+    for batch, rows in encode_corpus(corpus, tokenizer):
+        for (source, dialogue), token_ids in zip(batch, rows, strict=True):
+            result.add(dialogue, token_ids, source.name)
+    if result.lengths:
+        for source in corpus.sources:
+            print(describe_source(source, corpus.options))
+        print("\n".join(result.report()))
+    return result
+
+
+def save(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> Statistics:
+    """编码并写出训练数据。"""
+    vocab_size = tokenizer.get_vocab_size()
+    meta = {
+        "vocab_path": str(args.vocab_path),
+        "vocab_size": vocab_size,
+        "vocab_fingerprint": vocab_fingerprint(tokenizer),
+        "train_path": [str(path) for path in args.train_path],
+        "options": {**vars(corpus.options), **corpus.filters},
+    }
+    result = Statistics(special_ids(tokenizer).unk)
+    with open_writer(args.save_path, vocab_size, meta) as writer:
+        for batch, rows in encode_corpus(corpus, tokenizer):
+            writer.write(rows)
+            result.add(batch, rows)
+        check_not_empty(args, result.lengths)
+        meta["dialogues"] = result.lengths.total()
+        meta["utterances"], meta["tokens"] = result.num_utterances, result.num_tokens
+    return result
+
+
+def check_not_empty(args: argparse.Namespace, lengths: Counter[int]) -> None:
+    """一段对话也没有时报错。"""
+    if not lengths:
+        raise UserError(
+            f"{'、'.join(map(str, args.train_path))} 里没有对话：文件是空的、只有空白，"
+            "或都被 --min_turns、--max_turns 筛掉了；请写入一行一句、空行分隔的对话"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     args = build_parser().parse_args(argv)
     configure_logging(args.log_path)
+    corpus = Corpus(args)
+    if args.save_path.suffix != ".pkl" and not args.check:
+        check_folder(args.save_path)
+    if args.build_vocab or args.bert_vocab:
+        make_vocab(args, corpus)
     tokenizer = load_tokenizer(args.vocab_path)
-    ids = special_ids(tokenizer)
-
-    dialogues: list[list[int]] = []
-    num_utterances = num_unk = 0
-    for utterances in encode_corpus(args.train_path, tokenizer):
-        token_ids = [ids.cls]
-        for utterance in utterances:
-            token_ids += [*utterance, ids.sep]
-        dialogues.append(token_ids)
-        num_utterances += len(utterances)
-        num_unk += token_ids.count(ids.unk)
-    if not dialogues:
-        raise UserError(
-            f"{args.train_path} 里没有对话：文件是空的或只有空白；请写入一行一句、空行分隔的对话"
-        )
-    save_token_lists(args.save_path, dialogues)
-    log_statistics(dialogues, num_utterances=num_utterances, num_unk=num_unk)
-    logger.info("saved=%s", args.save_path)
+    if args.check:
+        result = check(corpus, tokenizer, args.max_len)
+        check_not_empty(args, result.lengths)
+    else:
+        result = save(args, corpus, tokenizer)
+        result.log(args.max_len)
+        logger.info("saved=%s", args.save_path)
+    if args.plot:
+        save_length_histogram(args.plot, result.lengths, args.max_len)
+        logger.info("plot=%s", args.plot)
     return 0
 
 

@@ -50,7 +50,7 @@ from chitchat.state import (
     save_state,
 )
 from chitchat.token_table import load_token_table
-from chitchat.tokenizer import load_tokenizer, special_ids
+from chitchat.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
 from chitchat.training import (
     Estimate,
     Meter,
@@ -344,7 +344,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.vocab_path)
     model = prepare_model(args, tokenizer)
-    table = load_token_table(args.train_path, model.config.vocab_size)
+    table = load_token_table(args.train_path, model.config.vocab_size, vocab_fingerprint(tokenizer))
     if args.train_mmi:
         table = reverse_dialogues(table, special_ids(tokenizer).sep)
     loaders = build_loaders(

@@ -102,8 +102,9 @@ class Repl:
         """回答一句，边生成边显示。"""
         self.transcript.add("user", text)
         self._remember(text, encode_utterances(self.tokenizer, [text])[0])
+        bot = self.bot  # 模型读不出时，在显示“chatbot:”之前就说
         self._show("chatbot:")
-        response, is_truncated = self.bot.reply(self.history, self.options, self._show)
+        response, is_truncated = bot.reply(self.history, self.options, self._show)
         self._show("\n")
         reply = decode_response(self.tokenizer, response)
         self.transcript.add("chatbot", reply)

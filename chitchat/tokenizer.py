@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -103,8 +104,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     text = _read_text(path)
     if path.suffix == ".json":
         return _parse_tokenizer_json(text, path)
-    # 只按 \n 分行：BERT 的中文词表里有 U+2028 这样的项，splitlines 会把它拆开。
-    vocab = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    vocab = _split_lines(text)
     _check_special_tokens(vocab, path)
     first_lines: dict[str, int] = {}
     for line_number, token in enumerate(vocab, start=1):
@@ -115,6 +115,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 "每行应是一个不同的词，请删去或改掉其中一行。"
             )
     return build_tokenizer(vocab)
+
+
+def read_vocab_lines(path: Path) -> list[str]:
+    """读 vocab.txt，一行一项，不作检查。
+
+    Raises:
+        UserError: 文件不存在、读不出或不是 UTF-8。
+    """
+    return _split_lines(_read_text(path))
+
+
+def _split_lines(text: str) -> list[str]:
+    """只按 LF 分行：BERT 的中文词表里有 U+2028 这样的项，splitlines 会把它拆开。"""
+    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
 
 
 def _read_text(path: Path) -> str:
@@ -170,6 +184,11 @@ def vocab_text(tokenizer: Tokenizer) -> str:
     """vocab.txt 的内容：按 id 排列，每行一项，末尾有换行。"""
     ids = tokenizer.get_vocab()
     return "".join(f"{token}\n" for token in sorted(ids, key=ids.__getitem__))
+
+
+def vocab_fingerprint(tokenizer: Tokenizer) -> str:
+    """词表的 SHA-256；训练数据的说明里记着它。"""
+    return hashlib.sha256(vocab_text(tokenizer).encode()).hexdigest()
 
 
 def encode_utterances(tokenizer: Tokenizer, utterances: Sequence[str]) -> list[list[int]]:

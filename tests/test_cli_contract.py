@@ -21,6 +21,9 @@ import train
 # 取值方式 → (接受的写法与得到的值, 拒绝的写法)
 KINDS = {
     "path": ({"a/b.txt": Path("a/b.txt")}, []),
+    "paths": ({"a/b.txt": [Path("a/b.txt")]}, []),
+    "encoding": ({"gb18030": "gb18030"}, []),
+    "size": ({"8000": 8000}, ["1", "x"]),
     "text": ({"0,1": "0,1", "a/b": "a/b"}, []),
     "switch": ({}, []),
     "int>=0": ({"0": 0, "7": 7}, ["-1", "1.5", "x", ""]),
@@ -35,8 +38,30 @@ KINDS = {
 PREPROCESS = [
     ("--vocab_path", "path", "vocab/vocab.txt"),
     ("--log_path", "path", "data/preprocess.log"),
-    ("--train_path", "path", "data/train.txt"),
+    ("--train_path", "paths", "data/train.txt"),
     ("--save_path", "path", "data/train.pkl"),
+    # 新增的
+    (
+        "--format",
+        ["auto", "text", "tsv", "json", "jsonl", "conv", "csv", "wechat", "qq"],
+        "auto",
+    ),
+    ("--encoding", "encoding", "auto"),
+    ("--split", "text", "train"),
+    ("--text_column", "text", None),
+    ("--dialogue_column", "text", None),
+    ("--speaker_column", "text", None),
+    ("--time_column", "text", None),
+    ("--gap_minutes", "float>0", 30.0),
+    ("--check", "switch", False),
+    ("--plot", "path", None),
+    ("--max_len", "int>=2", 150),
+    ("--min_turns", "int>=1", 1),
+    ("--max_turns", "int>=0", 0),
+    ("--drop_duplicates", "switch", False),
+    ("--max_dialogues", "int>=0", 0),
+    ("--build_vocab", "size", None),
+    ("--bert_vocab", "path", None),
 ]
 
 TRAIN = [
@@ -135,7 +160,8 @@ def test_flags_are_exactly_those_of_the_table(script):
 
 @pytest.mark.parametrize(("script", "flag", "kind", "default"), ROWS)
 def test_default_is_that_of_the_table(script, flag, kind, default):
-    expected = Path(default) if kind == "path" and default is not None else default
+    expected = Path(default) if kind in ("path", "paths") and default is not None else default
+    expected = [expected] if kind == "paths" else expected
     found = parse(script)[flag]
     assert (found, type(found)) == (expected, type(expected))
 

@@ -135,7 +135,11 @@ ERRORS = {
     "empty corpus": ("train_path", b"", ["train.txt", "没有对话"]),
     "only a BOM": ("train_path", b"\xef\xbb\xbf", ["train.txt", "没有对话"]),
     "only blank lines": ("train_path", b"\n \r\n\t\n\r", ["train.txt", "没有对话"]),
-    "not UTF-8": ("train_path", "早\n你好\n".encode("gb18030"), ["train.txt", "第 1 行", "UTF-8"]),
+    "not UTF-8": (
+        "train_path",
+        "早上好\n你好\n".encode() + b"\xff\n",
+        ["train.txt", "第 3 行", "UTF-8"],
+    ),
     "late bad byte": ("train_path", LF.encode() + b"\xff", ["第 13 行", "0xFF"]),
     "missing vocabulary": ("vocab_path", None, ["v.txt", "--vocab_path"]),
     "empty vocabulary": ("vocab_path", b"", ["v.txt", "[SEP]"]),
@@ -168,7 +172,7 @@ def test_bad_input_is_one_sentence_and_keeps_the_existing_pickle(
     assert sentence.count("\n") == 1
     assert [name for name in [*named, str(bad)] if name not in sentence] == []
     assert saved.read_bytes() == before
-    assert [path.name for path in saved.parent.iterdir()] == ["train.pkl"]
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["train.pkl", "train.pkl.json"]
 
 
 def test_save_path_that_cannot_be_written_is_one_sentence(preprocess, train_path, tmp_path, capsys):

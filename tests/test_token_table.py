@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 
 from chitchat.runtime import UserError
-from chitchat.token_table import TokenTable, load_token_table, save_token_lists
+from chitchat.token_table import TokenTable, load_token_table
+from chitchat.token_writer import check_folder, open_writer
 
 VOCAB_SIZE = 13317
 DIALOGUES = [[101, 872, 102], [101, 13316, 0, 102, 7, 102], [101, 102]]
+
+
+def save_token_lists(path: Path, rows: list[list[int]], **meta: object) -> None:
+    """分两批写：文件夹或 .pkl。"""
+    with open_writer(path, VOCAB_SIZE, meta) as writer:
+        writer.write(rows[:1])
+        writer.write(rows[1:])
 
 
 def rows_of(table: TokenTable) -> list[list[int]]:
@@ -169,3 +177,88 @@ def test_table_takes_at_most_an_eighth_of_the_lists():
     table = TokenTable.from_dialogues(dialogues)
     assert table.tokens.nbytes + table.offsets.nbytes <= 10_000 * 36 / 8
     assert np.issubdtype(table.tokens.dtype, np.unsignedinteger)
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 3])
+@pytest.mark.parametrize("size", [1, 2, 999, 1000, 1001, 2500])
+def test_batches_pickled_one_by_one_read_as_one_list(tmp_path, num_batches, size):
+    """1000 是 pickle 自己分组的大小；id 跨过 1、2、4 字节的界线。"""
+    rows = [[i, 255, 256, 65535, 65536, 2**31 - 1, i * 97] for i in range(size)]
+    path = tmp_path / "a.pkl"
+    with open_writer(path, 2**31, {}) as writer:
+        for _ in range(num_batches):
+            writer.write(rows)
+    assert pickle.loads(path.read_bytes()) == rows * num_batches
+    assert pickle._loads(path.read_bytes()) == rows * num_batches  # 纯 Python 的实现也认
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(256, "u1"), (257, "u2"), (13317, "u2"), (65536, "u2"), (65537, "u4")],
+)
+def test_folder_maps_to_the_same_rows_in_the_smallest_type(tmp_path, vocab_size, dtype):
+    rows = [[vocab_size - 1, 0], [5], list(range(200))]
+    with open_writer(tmp_path / "t", vocab_size, {"vocab_size": vocab_size}) as writer:
+        writer.write(rows[:2])
+        writer.write([])
+        writer.write(rows[2:])
+    table = load_token_table(tmp_path / "t", vocab_size)
+    assert rows_of(table) == rows
+    assert isinstance(table.tokens, np.memmap)
+    assert table.tokens.dtype == np.load(tmp_path / "t" / "tokens.npy").dtype == np.dtype(dtype)
+    with pytest.raises(UserError, match="超出模型的词表大小"):
+        load_token_table(tmp_path / "t", vocab_size - 1)
+
+
+@pytest.mark.parametrize("name", ["train.pkl", "train"])
+def test_another_vocabulary_is_refused(tmp_path, name):
+    path = tmp_path / name
+    meta = {"vocab_fingerprint": "abc", "dialogues": 3, "tokens": 11, "vocab_path": "v.txt"}
+    save_token_lists(path, DIALOGUES, **meta)
+    for fingerprint in ("abc", ""):
+        assert rows_of(load_token_table(path, VOCAB_SIZE, fingerprint)) == DIALOGUES
+    with pytest.raises(UserError, match=r"另一份词表.*v\.txt.*--vocab_path"):
+        load_token_table(path, VOCAB_SIZE, "def")
+
+
+def test_note_left_by_an_older_pickle_is_not_taken_for_this_one(tmp_path):
+    path = tmp_path / "train.pkl"
+    save_token_lists(path, DIALOGUES, vocab_fingerprint="abc", dialogues=3, tokens=11)
+    path.write_bytes(pickle.dumps([[101, 7, 102]]))
+    assert rows_of(load_token_table(path, VOCAB_SIZE, "def")) == [[101, 7, 102]]
+
+
+def test_broken_folder_is_refused(tmp_path):
+    path = tmp_path / "train"
+    save_token_lists(path, DIALOGUES)
+    good = {file: file.read_bytes() for file in path.iterdir()}
+    for file, content in good.items():
+        file.write_bytes(content[: len(content) - 3])
+        with pytest.raises(UserError, match="已损坏"):
+            load_token_table(path, VOCAB_SIZE)
+        file.write_bytes(content)
+    np.save(path / "offsets.npy", np.array([0, 3, 4]))
+    with pytest.raises(UserError, match="对不上"):
+        load_token_table(path, VOCAB_SIZE)
+
+
+def test_folder_with_other_files_is_never_replaced(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    check_folder(folder)
+    (folder / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"mine\.txt"), open_writer(folder, 300, {}):
+        pass
+    assert (folder / "mine.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["train.pkl", "train"])
+def test_failure_while_writing_keeps_what_was_there(tmp_path, name):
+    path = tmp_path / name
+    save_token_lists(path, DIALOGUES)
+    with pytest.raises(RuntimeError):  # noqa: PT012, SIM117
+        with open_writer(path, VOCAB_SIZE, {}) as writer:
+            writer.write([[1, 2, 3]])
+            raise RuntimeError
+    assert rows_of(load_token_table(path, VOCAB_SIZE)) == DIALOGUES
+    assert not list(tmp_path.glob(".*"))
