@@ -52,7 +52,7 @@ PREPROCESS = [
     ("--dialogue_column", "text", None),
     ("--speaker_column", "text", None),
     ("--time_column", "text", None),
-    ("--gap_minutes", "float>0", 30.0),
+    ("--gap_minutes", "float>0", 30),
     ("--check", "switch", False),
     ("--plot", "path", None),
     ("--max_len", "int>=2", 150),

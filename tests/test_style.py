@@ -19,7 +19,18 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # 导入时可以调用的：类（大写开头），以及这些没有副作用的函数和方法。
 PURE_CALLS = {
     *("set", "frozenset", "tuple", "list", "dict", "float", "int", "range", "len", "field"),
-    *("bounded", "getLogger", "compile", "join", "split", "resolve", "items", "lower", "fromkeys"),
+    *(
+        "chr",
+        "bounded",
+        "getLogger",
+        "compile",
+        "join",
+        "split",
+        "resolve",
+        "items",
+        "lower",
+        "fromkeys",
+    ),
 }
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 
