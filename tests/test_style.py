@@ -21,6 +21,7 @@ PURE_CALLS = {
     *("set", "frozenset", "tuple", "list", "dict", "float", "int", "range", "len", "field"),
     *(
         "chr",
+        "isupper",
         "bounded",
         "getLogger",
         "compile",
