@@ -48,7 +48,8 @@ def build_context(
 class ResponseStreamer:
     """每收到一个 token 就把新确定的文字交给 write。
 
-    末尾的拉丁词还可能接上 ``##`` 片段，等它写完再交出，其余的立刻交出。
+    末尾的拉丁词还可能接上 ``##`` 片段，它前面的空格也可能被去掉（``3. 1`` → ``3.14``），
+    所以连同空格等它写完再交出，其余的立刻交出。
     """
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
@@ -63,7 +64,7 @@ class ResponseStreamer:
         settled = decode_response(self._tokenizer, self._token_ids)
         while settled and settled[-1].isascii() and settled[-1].isalnum():
             settled = settled[:-1]
-        self._emit(settled)
+        self._emit(settled.rstrip(" "))
 
     def end(self) -> None:
         """把末尾剩下的文字交出。"""

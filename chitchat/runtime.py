@@ -259,7 +259,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     retired = path.with_name(f".{path.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in (partial, retired):  # 上次被强行结束时留下的
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial

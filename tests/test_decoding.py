@@ -18,7 +18,12 @@ from chitchat.knobs import SamplingOptions
 from chitchat.replies import answer_file
 from chitchat.runtime import UserError
 from chitchat.token_table import TokenTable
-from chitchat.tokenizer import SpecialIds, decode_response, unspeakable_ids
+from chitchat.tokenizer import (
+    SpecialIds,
+    decode_response,
+    encode_utterances,
+    unspeakable_ids,
+)
 
 CONTEXTS = [[101, 110, 111, 102], [101, 115, 102], [101, *range(110, 122), 102]]
 GREEDY = SamplingOptions(greedy=True, max_len=12)
@@ -131,6 +136,16 @@ def test_candidates_are_ranked_by_the_backward_model(make_bot):
         assert math.isfinite(candidate.likelihood)
     scores = [candidate.backward for candidate in candidates]
     assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("text", ["3.14", "it's ok", "www.abc.com", "12.30 hello, a", "你好a.cn"])
+def test_spaces_that_a_later_token_removes_are_not_streamed(text, tokenizer):
+    pieces: list[str] = []
+    streamer = ResponseStreamer(tokenizer, pieces.append)
+    for token_id in encode_utterances(tokenizer, [text])[0]:
+        streamer.put(token_id)
+    streamer.end()
+    assert "".join(pieces) == text
 
 
 def test_streamed_pieces_add_up_to_the_whole_text(tokenizer):

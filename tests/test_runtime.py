@@ -278,3 +278,15 @@ def test_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(PermissionError), atomic_directory(path) as partial:
         write_folder(partial, config="new")
     assert read_folder(path) == {"config": "old"}
+
+
+@pytest.mark.parametrize("name", [".epoch1.part", ".epoch1.old"])
+def test_leftovers_of_a_killed_run_do_not_stop_the_next(tmp_path, name):
+    (tmp_path / "epoch1").mkdir()
+    leftover = tmp_path / name
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
+    with atomic_directory(tmp_path / "epoch1") as partial:
+        (partial / "new").write_text("y")
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch1"]
+    assert [path.name for path in (tmp_path / "epoch1").iterdir()] == ["new"]
