@@ -259,7 +259,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     retired = path.with_name(f".{path.name}.old")
-    for leftover in (partial, retired):  # 上次被强行结束时留下的
+    if retired.exists() and not path.exists():
+        retired.rename(path)  # 上次在两次换名之间被强行结束
+    for leftover in (partial, retired):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:

@@ -290,3 +290,12 @@ def test_leftovers_of_a_killed_run_do_not_stop_the_next(tmp_path, name):
         (partial / "new").write_text("y")
     assert [path.name for path in tmp_path.iterdir()] == ["epoch1"]
     assert [path.name for path in (tmp_path / "epoch1").iterdir()] == ["new"]
+
+
+def test_folder_set_aside_by_a_killed_run_comes_back_when_the_next_one_fails(tmp_path):
+    set_aside = tmp_path / ".epoch1.old"
+    set_aside.mkdir()
+    (set_aside / "old").write_text("x")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "epoch1"):
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "epoch1").iterdir()] == ["old"]
