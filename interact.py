@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(path)
         if "vocab_size" in config:
             check_vocab_size(config["vocab_size"], tokenizer, path)
-        if "n_positions" in config:
+        if isinstance(config.get("n_positions"), int):
             check_max_len(args.max_len, config["n_positions"])
     logger.info("options=%s", options)
     loading = start_loading(args, tokenizer)
@@ -206,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_debug=args.debug,
     )
     chat(repl, is_terminal=is_terminal)
+    loading.result()  # 一句话也没说时，读模型的毛病在这里报告
     return 0
 
 

@@ -146,7 +146,8 @@ def add_optimization_options(add: Callable) -> None:
         help="梯度 L2 范数的上限（默认 %(default)s）")
     add("--patience", type=optional_count, default=0, metavar="EPOCHS",
         help="验证 loss 连续多少轮没有变好就停，0 表示不早停（默认 %(default)s）")
-    add("--seed", type=optional_count, default=0, help="随机种子（默认 %(default)s）")
+    add("--seed", type=bounded(int, minimum=0, maximum=2**32 - 1), default=0,
+        help="随机种子（默认 %(default)s）")
 
 
 def add_output_options(add: Callable) -> None:
@@ -291,7 +292,7 @@ def train(
             progress.finish_epoch(average, validation, stopping)
             save_progress()
             if processes.is_main:
-                remove_old_checkpoints(args.save_model_dir, args.save_total_limit)
+                remove_old_checkpoints(args.save_model_dir, args.save_total_limit, progress.epoch)
                 writer.write_text(progress.step, "samples", describe())
     if stopping.should_stop:
         logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)

@@ -67,21 +67,29 @@ def build_model(config_path: Path, tokenizer: Tokenizer) -> GPT2LMHeadModel:
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    advice = "可参照 model/config.json"
     try:
         fields = json.loads(config_path.read_text(encoding="utf-8"))
         fields.update(_token_ids(tokenizer))
-        config = GPT2Config(**fields)
     except FileNotFoundError:
         raise UserError(f"找不到模型结构 {config_path}：请用 --model_config 指定") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{config_path} 不是合法的 GPT-2 结构：{error}；可参照 model/config.json"
-        ) from error
-    check_vocab_size(config.vocab_size, tokenizer, config_path)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config_path} 不是合法的 GPT-2 结构：{error}；{advice}") from error
+    if fields.get("model_type", "gpt2") != "gpt2":
+        raise UserError(f"{config_path} 是 {fields['model_type']} 的结构，不是 GPT-2；{advice}")
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        value = fields.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{config_path} 的 {name} 应为正整数，得到 {value!r}；{advice}")
     try:
+        config = GPT2Config(**fields)
+        check_vocab_size(config.vocab_size, tokenizer, config_path)
         return GPT2LMHeadModel(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config_path} 建不成模型：{error}；可参照 model/config.json") from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers 校验字段时抛出的异常各种各样
+        reason = " ".join(str(error).split())
+        raise UserError(f"{config_path} 建不成模型：{reason}；{advice}") from error
 
 
 def load_model(name_or_dir: str) -> GPT2LMHeadModel:
@@ -218,12 +226,15 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
 
 
-def remove_old_checkpoints(save_model_dir: Path, limit: int) -> None:
-    """只保留编号最大的 limit 个 epoch 文件夹；limit 为 0 时全部保留。"""
-    folders = [p for p in save_model_dir.glob("epoch*") if p.name.removeprefix("epoch").isdigit()]
-    folders.sort(key=lambda path: int(path.name.removeprefix("epoch")))
-    for folder in folders[:-limit] if limit else []:
-        shutil.rmtree(folder)
+def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) -> None:
+    """只保留到 last_epoch（从 1 数）为止的 limit 个 epoch 文件夹；limit 为 0 时全部保留。
+
+    编号更大的文件夹属于另一次训练，不动它们。
+    """
+    for folder in save_model_dir.glob("epoch*"):
+        number = folder.name.removeprefix("epoch")
+        if limit and number.isdigit() and int(number) <= last_epoch - limit:
+            shutil.rmtree(folder)
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:

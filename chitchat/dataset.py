@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -205,6 +206,12 @@ def collate(
     return Batch(input_ids, labels, num_targets)
 
 
+def _ignore_stop_signals(worker_id: int) -> None:
+    """Ctrl+C 和 SIGTERM 由主进程处理：它先存好状态，再让读数据的子进程结束。"""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def build_loaders(
     table: TokenTable,
     *,
@@ -260,6 +267,7 @@ def build_loaders(
             batch_size=None,
             sampler=sampler,
             num_workers=num_workers,
+            worker_init_fn=_ignore_stop_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # 不动用全局随机数，续训才能逐位相同
         )

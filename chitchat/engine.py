@@ -140,6 +140,7 @@ class Engine:
             precision: ``fp32``、``bf16`` 或 ``int8``。
             device: 放在哪个设备上。
         """
+        _check_config(config, weights)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.device = torch.device(device)
         self.n_positions: int = config["n_positions"]
@@ -242,6 +243,26 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """下一个 token 的分数：隐藏状态 (..., C) 变成 float32 的 (..., V)。"""
         return self._head(hidden).float()
+
+
+def _check_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """确认 config.json 的数目与权重的形状一致。"""
+    prefix = "transformer." if "transformer.wte.weight" in weights else ""
+    width = weights[f"{prefix}wte.weight"].size(1)
+    layers = {key.removeprefix(prefix).split(".")[1] for key in weights if ".h." in f".{key}"}
+    found = {
+        "n_positions": weights[f"{prefix}wpe.weight"].size(0),
+        "n_embd": width,
+        "n_layer": len(layers),
+    }
+    for name, value in found.items():
+        if config.get(name) != value:
+            raise UserError(
+                f"config.json 的 {name} 是 {config.get(name)!r}，权重却是 {value}：请改成一致"
+            )
+    num_heads = config.get("n_head")
+    if type(num_heads) is not int or num_heads < 1 or width % num_heads:
+        raise UserError(f"config.json 的 n_head 应能整除 n_embd {width}，得到 {num_heads!r}")
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -72,6 +72,8 @@ def candidate_probs(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, T
         scores, token_ids = logits.sort(descending=True)
     else:
         scores, token_ids = logits, torch.arange(vocab_size, device=logits.device).expand_as(logits)
+    # 先减去最大值：temperature 再小也不会溢出成 NaN。
+    scores = scores - scores.amax(dim=-1, keepdim=True)
     probs = (scores / options.temperature).softmax(dim=-1)
     if has_top_p:
         before = probs.cumsum(dim=-1) - probs

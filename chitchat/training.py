@@ -229,7 +229,8 @@ def sample_replies(
     """用现在的模型回答几句开场白，写成 Markdown；不动用全局随机数。"""
     engine = Engine(model.config.to_dict(), model.state_dict(), device=model.device)
     bot = Chatbot(engine, tokenizer, seed=0)
-    options = SamplingOptions()
+    room = model.config.n_positions // 2
+    options = SamplingOptions(max_len=max(1, min(SamplingOptions.max_len, room)))
     lines = []
     for opening in openings:
         reply, _ = bot.reply([opening], options)

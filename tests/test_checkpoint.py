@@ -77,9 +77,9 @@ def test_only_the_newest_epoch_folders_are_kept(tmp_path):
     names = ["epoch2", "epoch9", "epoch10", "epoch11", "min_ppl_model", "epochs", "runs"]
     for name in names:
         (tmp_path / name).mkdir()
-    remove_old_checkpoints(tmp_path, 0)
+    remove_old_checkpoints(tmp_path, 0, 11)
     assert {path.name for path in tmp_path.iterdir()} == {*names}
-    remove_old_checkpoints(tmp_path, 2)
+    remove_old_checkpoints(tmp_path, 2, 11)
     assert {path.name for path in tmp_path.iterdir()} == {*names} - {"epoch2", "epoch9"}
 
 
