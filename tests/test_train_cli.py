@@ -178,6 +178,7 @@ def test_tensorboard_gets_the_values_of_the_epoch_line(run):
 
 
 def test_curve_is_drawn_next_to_the_checkpoints(run, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(train, "save_loss_curve", DRAW_CURVE)
     assert (run(epochs=1) / "loss.png").read_bytes().startswith(b"\x89PNG")
 
