@@ -222,7 +222,8 @@ def test_readme_shows_all_three_scripts():
 
 @pytest.mark.parametrize(("script", "argv"), readme_commands())
 def test_readme_command_parses(script, argv):
-    SCRIPTS[script].build_parser().parse_args([word for word in argv if word != "..."])
+    args = SCRIPTS[script].build_parser().parse_args([word for word in argv if word != "..."])
+    assert args is not None  # 写错的参数会让 parse_args 退出
 
 
 @pytest.mark.parametrize("script", TABLES)
