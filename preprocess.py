@@ -11,7 +11,6 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from tqdm import tqdm
 
 from chitchat.corpus import describe_source, filter_dialogues, read_source, total_size
 from chitchat.corpus_check import CorpusCheck, save_length_histogram
+from chitchat.encoder import DialogueEncoder, EncodedBatch
 from chitchat.formats import READERS, Dialogue, ReadOptions
 from chitchat.runtime import CliParser, UserError, bounded, configure_logging, run_cli
 from chitchat.sources import Source, find_sources
 from chitchat.token_writer import check_folder, open_writer
 from chitchat.tokenizer import (
-    encode_utterances,
     load_tokenizer,
     read_vocab_lines,
     special_ids,
@@ -144,32 +143,12 @@ class Corpus:
 Batch = list[tuple[Source, Dialogue]]
 
 
-def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[Batch, list[list[int]]]]:
-    """成批编码；编码不占 Python 的锁，在另一个线程里做，这里同时读下一批、写上一批。"""
-    ids = special_ids(tokenizer)
-
-    def encode(batch: Batch) -> list[list[int]]:
-        utterances = [u for _, dialogue in batch for u in dialogue.utterances]
-        encoded = iter(encode_utterances(tokenizer, utterances))
-        rows = []
-        for _, dialogue in batch:
-            token_ids = [ids.cls]
-            for utterance in itertools.islice(encoded, len(dialogue.utterances)):
-                token_ids += utterance
-                token_ids.append(ids.sep)
-            rows.append(token_ids)
-        return rows
-
+def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[Batch, EncodedBatch]]:
+    """成批编码；批的大小固定，内存因此与语料大小无关。"""
+    encoder = DialogueEncoder(tokenizer)
     dialogues = iter(corpus)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = None
-        while batch := list(itertools.islice(dialogues, DIALOGUES_PER_BATCH)):
-            following = (batch, pool.submit(encode, batch))
-            if pending:
-                yield pending[0], pending[1].result()
-            pending = following
-        if pending:
-            yield pending[0], pending[1].result()
+    while batch := list(itertools.islice(dialogues, DIALOGUES_PER_BATCH)):
+        yield batch, encoder.encode([dialogue.utterances for _, dialogue in batch])
 
 
 class Statistics:
@@ -180,11 +159,11 @@ class Statistics:
         self.lengths: Counter[int] = Counter()
         self.num_utterances = self.num_unk = 0
 
-    def add(self, batch: Batch, rows: list[list[int]]) -> None:
+    def add(self, batch: Batch, encoded: EncodedBatch) -> None:
         """记下一批。"""
-        self.lengths.update(map(len, rows))
+        self.lengths.update(encoded.lengths.tolist())
         self.num_utterances += sum(len(dialogue.utterances) for _, dialogue in batch)
-        self.num_unk += sum(row.count(self.unk_id) for row in rows)
+        self.num_unk += int((encoded.tokens == self.unk_id).sum())
 
     @property
     def num_tokens(self) -> int:
@@ -232,8 +211,8 @@ def make_vocab(args: argparse.Namespace, corpus: Corpus) -> None:
 def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> CorpusCheck:
     """读完语料，把读懂了什么打印到标准输出。"""
     result = CorpusCheck(tokenizer, max_len)
-    for batch, rows in encode_corpus(corpus, tokenizer):
-        for (source, dialogue), token_ids in zip(batch, rows, strict=True):
+    for batch, encoded in encode_corpus(corpus, tokenizer):
+        for (source, dialogue), token_ids in zip(batch, encoded.rows(), strict=True):
             result.add(dialogue, token_ids, source.name)
     if result.lengths:
         for source in corpus.sources:
@@ -254,9 +233,9 @@ def save(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> Stat
     }
     result = Statistics(special_ids(tokenizer).unk)
     with open_writer(args.save_path, vocab_size, meta) as writer:
-        for batch, rows in encode_corpus(corpus, tokenizer):
-            writer.write(rows)
-            result.add(batch, rows)
+        for batch, encoded in encode_corpus(corpus, tokenizer):
+            writer.write(encoded)
+            result.add(batch, encoded)
         check_not_empty(args, result.lengths)
         meta["dialogues"] = result.lengths.total()
         meta["utterances"], meta["tokens"] = result.num_utterances, result.num_tokens

@@ -27,7 +27,7 @@ from chitchat.checkpoint import (
 )
 from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
 from chitchat.loss import LossModule
-from chitchat.optim import build_optimizers, build_schedulers
+from chitchat.optim import DEFAULT_LR, build_optimizers, build_schedulers, choose_optimizer
 from chitchat.processes import Processes, parallelize
 from chitchat.runtime import (
     EXIT_INTERRUPTED,
@@ -49,12 +49,13 @@ from chitchat.state import (
     restore_state,
     save_state,
 )
-from chitchat.token_table import load_token_table
+from chitchat.token_table import is_encoded_with, load_token_table
 from chitchat.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
 from chitchat.training import (
     Estimate,
     Meter,
     MetricWriter,
+    TokenAverage,
     evaluate,
     sample_replies,
     save_loss_curve,
@@ -64,6 +65,7 @@ from chitchat.updater import PRECISIONS, Updater, choose_precision
 logger = logging.getLogger("chitchat.train")
 
 MAX_WARMUP_STEPS = 4000  # 参考实现的固定值，这里作上限
+FINE_TUNING_LR = 1e-4  # 有 --pretrained_model 时的学习率：再大就会忘掉已经学会的
 NUM_SAMPLES = 3  # 每轮展示几句示例回复
 UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有指纹
     "max_len",
@@ -133,9 +135,12 @@ def add_optimization_options(add: Callable) -> None:
     count, positive = bounded(int, minimum=1), bounded(float, above=0)
     optional_count = bounded(int, minimum=0)
     add("--epochs", type=count, default=100, help="训练轮数（默认 %(default)s）")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw",
-        help="优化器；muon 只用于各层的二维权重，其余用 adamw（默认 %(default)s）")
-    add("--lr", type=positive, default=1e-3, help="学习率的峰值（默认 %(default)s）")
+    add("--optimizer", choices=["auto", "adamw", "muon"], default="auto",
+        help="优化器；muon 只用于各层的二维权重，其余用 adamw；auto：muon 的额外运算相对每次更新"
+        "不太多时用它，从已有的权重继续时用 adamw（默认 %(default)s）")
+    add("--lr", type=positive,
+        help=f"学习率的峰值（默认 muon {DEFAULT_LR['muon']}，adamw {DEFAULT_LR['adamw']}，"
+        f"从已有的权重继续时 {FINE_TUNING_LR}）")
     add("--lr_schedule", choices=["linear", "cosine", "constant"], default="linear",
         help="预热之后学习率怎样变（默认 %(default)s，线性降到 0）")
     add("--warmup_steps", type=optional_count, metavar="STEPS",
@@ -182,7 +187,8 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
         model = load_model(args.pretrained_model)
         check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
     else:
-        model = build_model(args.model_config, tokenizer)
+        is_own_vocab = is_encoded_with(args.train_path, vocab_fingerprint(tokenizer))
+        model = build_model(args.model_config, tokenizer, follow_vocab=is_own_vocab)
     n_positions = model.config.n_positions
     if args.max_len > n_positions:
         raise UserError(
@@ -192,6 +198,47 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def choose_optimization(
+    args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader
+) -> None:
+    """把没有指定的优化器、学习率和预热步数定下来，写回 args。"""
+    tokens_per_update = loader.dataset.lengths.sum() / len(loader)
+    if args.optimizer == "auto" and args.pretrained_model:
+        args.optimizer = "adamw"
+    args.optimizer = choose_optimizer(args.optimizer, model, tokens_per_update)
+    if args.lr is None:
+        args.lr = FINE_TUNING_LR if args.pretrained_model else DEFAULT_LR[args.optimizer]
+    if args.warmup_steps is None:
+        args.warmup_steps = min(MAX_WARMUP_STEPS, len(loader) * args.epochs // 10)
+
+
+def build_updater(
+    args: argparse.Namespace,
+    model: GPT2LMHeadModel,
+    loader: DataLoader,
+    *,
+    precision: str,
+    devices: list[torch.device],
+    processes: Processes,
+) -> Updater:
+    """模型套上损失和并行，配好优化器与学习率曲线。"""
+    optimizers = build_optimizers(model, args.optimizer, lr=args.lr, eps=args.eps)
+    return Updater(
+        parallelize(LossModule(model, args.ignore_index), devices, processes),
+        optimizers,
+        build_schedulers(
+            optimizers,
+            args.lr_schedule,
+            warmup_steps=args.warmup_steps,
+            total_steps=len(loader) * args.epochs,
+        ),
+        max_grad_norm=args.max_grad_norm,
+        precision=precision,
+        processes=processes,
+        device=devices[0],
+    )
 
 
 def train(
@@ -244,14 +291,7 @@ def train(
                 if progress.step % args.log_step == 0:
                     recent, speed = meter.read_recent()
                     bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
-                    writer.write(
-                        progress.step,
-                        train_loss=recent.loss,
-                        train_accuracy=recent.accuracy,
-                        train_lr=updater.lr,
-                        train_grad_norm=float(grad_norm),
-                        train_tokens_per_second=speed,
-                    )
+                    write_step(writer, progress.step, recent, updater.lr, grad_norm, speed)
                 is_interrupted = processes.any(should_stop())
                 if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
                     meter.read_recent()
@@ -269,23 +309,7 @@ def train(
                 device=device,
                 precision=updater.autocast(),
             )
-            writer.write(
-                progress.step,
-                val_loss=validation.loss,
-                val_ppl=validation.ppl,
-                val_accuracy=validation.accuracy,
-            )
-            logger.info(
-                "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
-                "tokens_per_second=%.0f",
-                progress.epoch + 1,
-                average.loss,
-                average.accuracy,
-                validation.loss,
-                validation.ppl,
-                updater.lr,
-                speed,
-            )
+            write_epoch(writer, progress, average, validation, updater.lr, speed)
             save(f"epoch{progress.epoch + 1}")
             if stopping.update(validation.loss):
                 save("min_ppl_model")
@@ -297,6 +321,53 @@ def train(
     if stopping.should_stop:
         logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)
     return True
+
+
+def write_step(
+    writer: MetricWriter,
+    step: int,
+    recent: TokenAverage,
+    lr: float,
+    grad_norm: torch.Tensor,
+    tokens_per_second: float,
+) -> None:
+    """每 --log_step 次更新写一次 TensorBoard。"""
+    writer.write(
+        step,
+        train_loss=recent.loss,
+        train_accuracy=recent.accuracy,
+        train_lr=lr,
+        train_grad_norm=float(grad_norm),
+        train_tokens_per_second=tokens_per_second,
+    )
+
+
+def write_epoch(
+    writer: MetricWriter,
+    progress: Progress,
+    average: TokenAverage,
+    validation: TokenAverage,
+    lr: float,
+    tokens_per_second: float,
+) -> None:
+    """每轮写一行日志和 TensorBoard 的验证指标。"""
+    writer.write(
+        progress.step,
+        val_loss=validation.loss,
+        val_ppl=validation.ppl,
+        val_accuracy=validation.accuracy,
+    )
+    logger.info(
+        "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
+        "tokens_per_second=%.0f",
+        progress.epoch + 1,
+        average.loss,
+        average.accuracy,
+        validation.loss,
+        validation.ppl,
+        lr,
+        tokens_per_second,
+    )
 
 
 def log_overview(
@@ -317,6 +388,7 @@ def log_overview(
         "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
         "dialogues_per_update": args.batch_size * args.gradient_accumulation_steps,
         "updates": len(train_loader) * args.epochs,
+        "optimizer": f"{args.optimizer} lr={args.lr:g} warmup_steps={args.warmup_steps}",
         "precision": precision,
         "devices": ",".join(map(str, devices)),
         "processes": processes.world_size,
@@ -365,24 +437,11 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     if args.compile:
         model.transformer.compile()
     precision = choose_precision(args.precision, device)
+    choose_optimization(args, model, loaders[0])
     log_overview(model, loaders, args, precision=precision, devices=devices, processes=processes)
 
-    loss_module = parallelize(LossModule(model, args.ignore_index), devices, processes)
-    total_steps = len(loaders[0]) * args.epochs
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(MAX_WARMUP_STEPS, total_steps // 10)
-    optimizers = build_optimizers(model, args.optimizer, lr=args.lr, eps=args.eps)
-    updater = Updater(
-        loss_module,
-        optimizers,
-        build_schedulers(
-            optimizers, args.lr_schedule, warmup_steps=warmup_steps, total_steps=total_steps
-        ),
-        max_grad_norm=args.max_grad_norm,
-        precision=precision,
-        processes=processes,
-        device=device,
+    updater = build_updater(
+        args, model, loaders[0], precision=precision, devices=devices, processes=processes
     )
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
     state_path = args.save_model_dir / STATE_NAME

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 import shutil
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
     from chitchat.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 # transformers 和 torch.load 读不出文件时抛出的异常
 UNREADABLE = (
@@ -55,12 +58,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_model(config_path: Path, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+def build_model(
+    config_path: Path, tokenizer: Tokenizer, *, follow_vocab: bool = False
+) -> GPT2LMHeadModel:
     """按 config.json 建立随机初始化的模型。
 
     Args:
         config_path: GPT-2 结构的 json 文件，字段与 GPT2Config 相同。
-        tokenizer: 训练所用的 tokenizer，词表大小必须与 config 一致。
+        tokenizer: 训练所用的 tokenizer。
+        follow_vocab: True 时 vocab_size 取词表的大小，否则 config 里的必须与它一致。
 
     Raises:
         UserError: 文件不存在、不是 json、字段不合法，或词表大小不一致。
@@ -83,6 +89,9 @@ def build_model(config_path: Path, tokenizer: Tokenizer) -> GPT2LMHeadModel:
             raise UserError(f"{config_path} 的 {name} 应为正整数，得到 {value!r}；{advice}")
     try:
         config = GPT2Config(**fields)
+        if follow_vocab and config.vocab_size != tokenizer.get_vocab_size():
+            logger.info("vocab_size=%d from the vocabulary", tokenizer.get_vocab_size())
+            config.vocab_size = tokenizer.get_vocab_size()
         check_vocab_size(config.vocab_size, tokenizer, config_path)
         return GPT2LMHeadModel(config)
     except UserError:

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+DEFAULT_LR = {"adamw": 1e-3, "muon": 2e-3}  # 学习率的峰值，由 tests/benchmarks/time_to_loss.py 选定
+MAX_MUON_COST = 3  # 正交化的运算量最多是前向和反向的几倍；再多，少走的步数就抵不上了
 
 
 class Muon(Optimizer):
@@ -91,6 +93,33 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
+def choose_optimizer(name: str, model: nn.Module, tokens_per_update: float) -> str:
+    """把 ``auto`` 变成 ``adamw`` 或 ``muon``。
+
+    同样多的步数 Muon 总是更好，但正交化的运算量只取决于模型，前向和反向的则与一次更新的 token 数
+    成正比：小模型或大批次才划算。
+
+    Args:
+        name: ``auto``、``adamw`` 或 ``muon``；后两个原样返回。
+        model: GPT2LMHeadModel。
+        tokens_per_update: 一次更新平均的 token 数。
+    """
+    if name != "auto":
+        return name
+    orthogonalizing = 0
+    for param in hidden_matrices(model):
+        m, n = sorted(param.shape)
+        orthogonalizing += NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)
+    # 每个 token、每个参数，前向 2 次、反向 4 次浮点运算
+    training = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_update
+    return "muon" if orthogonalizing <= MAX_MUON_COST * training else "adamw"
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """各层里的二维权重，Muon 只用于它们。"""
+    return [p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
+
+
 def build_optimizers(
     model: nn.Module, name: str, *, lr: float, eps: float, weight_decay: float = 0.01
 ) -> list[Optimizer]:
@@ -109,14 +138,11 @@ def build_optimizers(
     Returns:
         一个或两个优化器，每个参数恰好属于其中一个。
     """
-    matrices, vectors, hidden = [], [], []
-    for param_name, param in model.named_parameters():
-        if param.ndim < 2:
-            vectors.append(param)
-        elif name == "muon" and ".h." in param_name:
-            hidden.append(param)
-        else:
-            matrices.append(param)
+    hidden = hidden_matrices(model) if name == "muon" else []
+    is_hidden = set(map(id, hidden))
+    others = [param for param in model.parameters() if id(param) not in is_hidden]
+    matrices = [param for param in others if param.ndim > 1]
+    vectors = [param for param in others if param.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -94,6 +94,13 @@ def load_token_table(path: Path, vocab_size: int, vocab_fingerprint: str = "") -
     return table
 
 
+def is_encoded_with(path: Path, vocab_fingerprint: str) -> bool:
+    """训练数据的说明里是否记着它用这份词表编码；没有说明时是 False。"""
+    if not meta_path(path).is_file():
+        return False
+    return _read_meta(meta_path(path)).get("vocab_fingerprint") == vocab_fingerprint
+
+
 def _load_lists(path: Path) -> list[list[int]]:
     """读 train.pkl 里不空的对话，只认列表和整数。"""
     advice = "请重新运行 python preprocess.py"

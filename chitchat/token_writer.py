@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import itertools
 import json
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from chitchat.encoder import EncodedBatch
 from chitchat.runtime import UserError, atomic_directory, atomic_file
 
 META_NAME = "meta.json"
@@ -23,36 +21,55 @@ OFFSETS_NAME = "offsets.npy"
 class TokenWriter(Protocol):
     """接受一批批对话。"""
 
-    def write(self, rows: Sequence[list[int]]) -> None:
-        """写下一批对话的 token id。"""
+    def write(self, batch: EncodedBatch) -> None:
+        """写下一批对话。"""
 
 
 class ListWriter:
-    """逐批写出 ``list[list[int]]`` 的 pickle（协议 4），与一次 ``pickle.dump`` 读回来相同。
-
-    每批单独序列化，去掉头尾，接在同一个列表之后：``]`` 建立外层列表，各批是 ``(…e``。
-    协议 3 与 4 表示列表和整数的指令相同，而没有分帧，便于拼接。
-    """
+    """逐批写出 ``list[list[int]]`` 的 pickle（协议 4），与一次 ``pickle.dump`` 读回来相同。"""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        file.write(b"\x80\x04]")
+        file.write(b"\x80\x04]")  # PROTO 4、EMPTY_LIST
 
-    def write(self, rows: Sequence[list[int]]) -> None:
-        """写下一批对话的 token id。"""
-        if not rows:
-            return
-        buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, protocol=3)
-        pickler.fast = True  # 不记住写过的对象：没有重复引用，文件小三分之一
-        pickler.dump(rows)
-        body = buffer.getbuffer()[3:-1]  # 去掉 \x80\x03] 和末尾的 .
-        self.file.write(b"\x95" + len(body).to_bytes(8, "little"))  # FRAME
-        self.file.write(body)
+    def write(self, batch: EncodedBatch) -> None:
+        """写下一批对话。"""
+        self.file.write(pickle_rows(batch))
 
     def finish(self) -> None:
         """写下结尾。"""
         self.file.write(b".")
+
+
+def pickle_rows(batch: EncodedBatch) -> bytes:
+    """把一批对话（每段至少一个 token）写成 pickle 指令，接到栈顶的列表后面：``( ](…e ](…e … e``。
+
+    整数按大小用 BININT1（K，1 字节）、BININT2（M，2 字节）或 BININT（J，4 字节）。
+    整批用 numpy 一次写好，不建立 Python 的列表和整数。
+
+    来源: 各指令见 Python 标准库 pickletools 的说明。
+    """
+    tokens, lengths = batch
+    if not len(lengths):
+        return b""
+    widths = np.where(tokens < 256, 1, np.where(tokens < 65536, 2, 4))  # (N,)，1、2 或 4 字节
+    sizes = 1 + widths
+    starts = np.cumsum(lengths) - lengths
+    ends = starts + lengths - 1
+    sizes[starts] += 2  # 前面的 EMPTY_LIST、MARK
+    sizes[ends] += 1  # 后面的 APPENDS
+    stops = np.cumsum(sizes)
+    opcodes = stops - widths - 1  # 每个整数的指令所在的位置
+    opcodes[ends] -= 1
+    out = np.empty(int(stops[-1]), dtype=np.uint8)
+    out[opcodes] = np.array([0, ord("K"), ord("M"), 0, ord("J")], np.uint8)[widths]
+    for byte in range(4):
+        has_byte = widths > byte
+        out[opcodes[has_byte] + 1 + byte] = (tokens[has_byte] >> (8 * byte)) & 0xFF
+    out[opcodes[starts] - 2] = ord("]")
+    out[opcodes[starts] - 1] = ord("(")
+    out[stops[ends] - 1] = ord("e")
+    return b"(" + out.tobytes() + b"e"
 
 
 class TableWriter:
@@ -63,12 +80,10 @@ class TableWriter:
         self.offsets = _ArrayFile(folder / OFFSETS_NAME, np.dtype(np.int64), stack)
         self.offsets.append(np.zeros(1, np.int64))
 
-    def write(self, rows: Sequence[list[int]]) -> None:
-        """写下一批对话的 token id。"""
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        self.offsets.append(self.tokens.length + np.cumsum(lengths))
-        flat = itertools.chain.from_iterable(rows)
-        self.tokens.append(np.fromiter(flat, self.tokens.dtype, lengths.sum()))
+    def write(self, batch: EncodedBatch) -> None:
+        """写下一批对话。"""
+        self.offsets.append(self.tokens.length + np.cumsum(batch.lengths))
+        self.tokens.append(batch.tokens)
 
     def finish(self) -> None:
         """补写两个文件头里的长度。"""

@@ -78,7 +78,7 @@ TRAIN = [
     ("--epochs", "int>=1", 100),
     ("--batch_size", "int>=1", 4),
     ("--gpu0_bsz", "ignored", None),
-    ("--lr", "float>0", 1e-3),
+    ("--lr", "float>0", None),
     ("--eps", "float>0", 1e-9),
     ("--log_step", "int>=1", 10),
     ("--gradient_accumulation_steps", "int>=1", 4),
@@ -91,7 +91,7 @@ TRAIN = [
     ("--val_num", "int>=1", 8000),
     # 新增的
     ("--seed", "int>=0", 0),
-    ("--optimizer", ["adamw", "muon"], "adamw"),
+    ("--optimizer", ["auto", "adamw", "muon"], "auto"),
     ("--lr_schedule", ["linear", "cosine", "constant"], "linear"),
     ("--precision", ["auto", "fp32", "bf16", "fp16"], "auto"),
     ("--compile", "switch", False),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chitchat.encoder import EncodedBatch
 from chitchat.runtime import UserError
 from chitchat.token_table import TokenTable, load_token_table
 from chitchat.token_writer import check_folder, open_writer
@@ -22,8 +23,8 @@ DIALOGUES = [[101, 872, 102], [101, 13316, 0, 102, 7, 102], [101, 102]]
 def save_token_lists(path: Path, rows: list[list[int]], **meta: object) -> None:
     """分两批写：文件夹或 .pkl。"""
     with open_writer(path, VOCAB_SIZE, meta) as writer:
-        writer.write(rows[:1])
-        writer.write(rows[1:])
+        writer.write(EncodedBatch.from_rows(rows[:1]))
+        writer.write(EncodedBatch.from_rows(rows[1:]))
 
 
 def rows_of(table: TokenTable) -> list[list[int]]:
@@ -61,7 +62,7 @@ def test_lists_pickled_by_others_are_read(tmp_path, protocol):
 
 def test_empty_dialogues_are_left_out(tmp_path):
     path = tmp_path / "train.pkl"
-    save_token_lists(path, [[], [101, 102], [], [101, 5, 102], []])
+    path.write_bytes(pickle.dumps([[], [101, 102], [], [101, 5, 102], []]))
     assert rows_of(load_token_table(path, VOCAB_SIZE)) == [[101, 102], [101, 5, 102]]
 
 
@@ -148,7 +149,7 @@ def test_other_content_is_refused(tmp_path, content):
 @pytest.mark.parametrize("content", [[], [[]], [[], []]])
 def test_no_dialogue_is_reported(tmp_path, content):
     path = tmp_path / "train.pkl"
-    save_token_lists(path, content)
+    path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match="没有对话") as error:
         load_token_table(path, VOCAB_SIZE)
     assert str(path) in str(error.value)
@@ -157,7 +158,7 @@ def test_no_dialogue_is_reported(tmp_path, content):
 @pytest.mark.parametrize("wrong_id", [VOCAB_SIZE, 2**32 + 5, 2**70, -1, -(2**63) - 1])
 def test_id_outside_the_vocabulary_is_named(tmp_path, wrong_id):
     path = tmp_path / "train.pkl"
-    save_token_lists(path, [[101, 102], [101, wrong_id, 102]])
+    path.write_bytes(pickle.dumps([[101, 102], [101, wrong_id, 102]]))
     with pytest.raises(UserError, match="--vocab_path") as error:
         load_token_table(path, VOCAB_SIZE)
     for name in (str(path), str(wrong_id), str(VOCAB_SIZE)):
@@ -187,7 +188,7 @@ def test_batches_pickled_one_by_one_read_as_one_list(tmp_path, num_batches, size
     path = tmp_path / "a.pkl"
     with open_writer(path, 2**31, {}) as writer:
         for _ in range(num_batches):
-            writer.write(rows)
+            writer.write(EncodedBatch.from_rows(rows))
     assert pickle.loads(path.read_bytes()) == rows * num_batches
     assert pickle._loads(path.read_bytes()) == rows * num_batches  # 纯 Python 的实现也认
 
@@ -199,9 +200,9 @@ def test_batches_pickled_one_by_one_read_as_one_list(tmp_path, num_batches, size
 def test_folder_maps_to_the_same_rows_in_the_smallest_type(tmp_path, vocab_size, dtype):
     rows = [[vocab_size - 1, 0], [5], list(range(200))]
     with open_writer(tmp_path / "t", vocab_size, {"vocab_size": vocab_size}) as writer:
-        writer.write(rows[:2])
-        writer.write([])
-        writer.write(rows[2:])
+        writer.write(EncodedBatch.from_rows(rows[:2]))
+        writer.write(EncodedBatch.from_rows([]))
+        writer.write(EncodedBatch.from_rows(rows[2:]))
     table = load_token_table(tmp_path / "t", vocab_size)
     assert rows_of(table) == rows
     assert isinstance(table.tokens, np.memmap)
@@ -258,7 +259,7 @@ def test_failure_while_writing_keeps_what_was_there(tmp_path, name):
     save_token_lists(path, DIALOGUES)
     with pytest.raises(RuntimeError):  # noqa: PT012, SIM117
         with open_writer(path, VOCAB_SIZE, {}) as writer:
-            writer.write([[1, 2, 3]])
+            writer.write(EncodedBatch.from_rows([[1, 2, 3]]))
             raise RuntimeError
     assert rows_of(load_token_table(path, VOCAB_SIZE)) == DIALOGUES
     assert not list(tmp_path.glob(".*"))

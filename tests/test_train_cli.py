@@ -25,6 +25,7 @@ import train
 from chitchat.checkpoint import build_model
 from chitchat.runtime import UserError, configure_logging, run_cli
 from chitchat.state import STATE_NAME
+from chitchat.tokenizer import vocab_fingerprint
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
 EPOCH_LINE = re.compile(
@@ -84,6 +85,7 @@ def run(tmp_path: Path, vocab_path: Path, config_path: Path) -> Callable[..., Pa
             "gradient_accumulation_steps": 1,
             "warmup_steps": 0,
             "precision": "fp32",
+            "optimizer": "adamw",
             **options,
         }
         argv = ["--no_cuda"]
@@ -473,3 +475,33 @@ def test_wrong_use_and_bad_input_exit_with_one_sentence(
     assert [name for name in named if name not in sentence] == []
     assert not (tmp_path / "hacked").exists()
     assert not (tmp_path / "model" / "epoch1").exists()
+
+
+def test_vocab_size_follows_the_vocabulary_the_corpus_was_encoded_with(
+    run, config_path, tokenizer, tmp_path
+):
+    config_path.write_text(json.dumps({**TINY_CONFIG, "vocab_size": 13317}), encoding="utf-8")
+    meta = {"vocab_fingerprint": vocab_fingerprint(tokenizer)}
+    (tmp_path / "train.pkl.json").write_text(json.dumps(meta), encoding="utf-8")
+    folder = run()
+    assert json.loads((folder / "epoch1/config.json").read_text())["vocab_size"] == len(TINY_VOCAB)
+    assert f"vocab_size={len(TINY_VOCAB)}" in read_log(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({"batch_size": 20, "gradient_accumulation_steps": 8}, "muon lr=0.002"),
+        ({"batch_size": 1}, "adamw lr=0.001"),
+        ({"batch_size": 20, "gradient_accumulation_steps": 8, "lr": 0.01}, "muon lr=0.01"),
+    ],
+)
+def test_optimizer_and_lr_are_chosen_and_logged(run, options, chosen):
+    folder = run(optimizer="auto", **options)
+    assert f"optimizer={chosen} warmup_steps=0\n" in read_log(folder)
+
+
+def test_training_from_weights_takes_adamw_with_a_small_lr(run):
+    weights = run() / "epoch2"
+    folder = run("continued", optimizer="auto", pretrained_model=weights)
+    assert "optimizer=adamw lr=0.0001 warmup_steps=0\n" in read_log(folder)
