@@ -1,20 +1,21 @@
 """对话速度：参考实现的循环、generate、CTranslate2、llama.cpp 与本项目，同一个随机的 12 层模型。
 
-用法: ``python -m tests.benchmarks.chat_speed [--rounds 15]``，没有装的就跳过。各家轮流各答一句，
-机器忙闲对谁都一样。上下文 40 个 token，回复固定 25 个 token。
+用法: ``python -m tests.benchmarks.chat_speed [--rounds 15]``，没有装的就跳过。各家各在一个进程里，
+线程互不干扰；轮流各答一句，机器忙闲对谁都一样。上下文 40 个 token，回复固定 25 个 token。
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT_LEN, REPLY_LEN, TOP_K = 40, 25, 8
 IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
 FORBIDDEN = list(range(104))  # [SEP] 也禁止，回复因此总是 25 个 token
+OURS = "本项目 int8"
+SETTLE_SECONDS = 0.3  # 上一家的线程还会空转一阵，等它们歇下
 Reply = Callable[[list[int], Callable[[], None]], object]  # (上下文, 每个 token 后的回调)
 
 
@@ -200,43 +203,74 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def build_loops(model: GPT2LMHeadModel, directory: Path) -> Iterator[tuple[str, Reply]]:
-    yield "参考实现的循环 fp32", reference_loop(model)
-    yield "generate fp32", generate_loop(model)
-    yield "本项目 fp32", our_loop(model, "fp32")
-    with suppress(ImportError):
-        yield "CTranslate2 int8", ctranslate2_loop(model, directory / "ct2")
-    with suppress(ImportError):
-        yield "llama.cpp q8_0", llama_cpp_loop(model, directory / "model.gguf")
-    yield "本项目 int8", our_loop(model, "int8")
+LOOPS: dict[str, Callable[[GPT2LMHeadModel, Path], Reply]] = {
+    "参考实现的循环 fp32": lambda model, _: reference_loop(model),
+    "generate fp32": lambda model, _: generate_loop(model),
+    "本项目 fp32": lambda model, _: our_loop(model, "fp32"),
+    "CTranslate2 int8": lambda model, folder: ctranslate2_loop(model, folder / "ct2"),
+    "llama.cpp q8_0": lambda model, folder: llama_cpp_loop(model, folder / "model.gguf"),
+    OURS: lambda model, _: our_loop(model, "int8"),
+}
 
 
-def measure_replies(model: GPT2LMHeadModel, rounds: int) -> None:
+def build_model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(**json.loads((ROOT / "model" / "config.json").read_text("utf-8")))
+    config.bos_token_id = config.eos_token_id = None
+    return GPT2LMHeadModel(config).eval()
+
+
+def serve(name: str, pipe: Connection) -> None:
+    """子进程：建好一家，先报告有没有装；之后每收到 True 答一句，交回各 token 距开始的秒数。"""
+    model = build_model()
     context = torch.randint(104, model.config.vocab_size, (CONTEXT_LEN,)).tolist()
     with tempfile.TemporaryDirectory() as directory:
-        loops = dict(build_loops(model, Path(directory)))
-        first: dict[str, list[float]] = {name: [] for name in loops}
-        whole: dict[str, list[float]] = {name: [] for name in loops}
-        for round_number in range(-2, rounds):
-            for name, reply in loops.items():
-                if "参考" in name and round_number % 3:
-                    continue
-                ticks: list[float] = []
-                start = time.perf_counter()
-                reply(context, lambda ticks=ticks: ticks.append(time.perf_counter()))
-                if round_number >= 0:
-                    assert len(ticks) == REPLY_LEN, (name, len(ticks))
-                    first[name].append(1000 * (ticks[0] - start))
-                    whole[name].append(1000 * (ticks[-1] - start))
-    ours = percentile(whole["本项目 int8"], 0.5)
+        try:
+            reply = LOOPS[name](model, Path(directory))
+        except ImportError:
+            pipe.send(False)
+            return
+        pipe.send(True)
+        while pipe.recv():
+            ticks: list[float] = []
+            start = time.perf_counter()
+            reply(context, lambda ticks=ticks: ticks.append(time.perf_counter()))
+            assert len(ticks) == REPLY_LEN, (name, len(ticks))
+            pipe.send([tick - start for tick in ticks])
+
+
+def measure_replies(rounds: int) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name in LOOPS:
+        pipe, other = spawn.Pipe()
+        spawn.Process(target=serve, args=(name, other), daemon=True).start()
+        if pipe.recv():
+            pipes[name] = pipe
+    times: dict[str, list[list[float]]] = {name: [] for name in pipes}
+    for round_number in range(-2, rounds):
+        for name, pipe in pipes.items():
+            if "参考" in name and round_number % 3:
+                continue
+            time.sleep(SETTLE_SECONDS)
+            pipe.send(True)
+            ticks = pipe.recv()
+            if round_number >= 0:
+                times[name].append(ticks)
+    for pipe in pipes.values():
+        pipe.send(False)
+
+    def milliseconds(name: str, token: int, share: float) -> float:
+        return 1000 * percentile([ticks[token] for ticks in times[name]], share)
+
     print("| 做法 | token/s | 首字 ms | 其 95% | 整句 ms | 其 95% | 本项目 int8 快 |")
     print("| --- | --: | --: | --: | --: | --: | --: |")
-    for name in loops:
-        median = percentile(whole[name], 0.5)
+    for name in pipes:
+        median = milliseconds(name, -1, 0.5)
         cells = [
             f"{1000 * REPLY_LEN / median:.1f}",
-            *(f"{percentile(t[name], p):.0f}" for t in (first, whole) for p in (0.5, 0.95)),
-            f"{median / ours:.2f} ×",
+            *(f"{milliseconds(name, t, p):.0f}" for t in (0, -1) for p in (0.5, 0.95)),
+            f"{median / milliseconds(OURS, -1, 0.5):.2f} ×",
         ]
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -326,11 +360,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="每种做法答几句（默认 %(default)s）")
     parser.add_argument("--dialogues", type=int, default=64, help="成批的段数（默认 %(default)s）")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    config = GPT2Config(**json.loads((ROOT / "model" / "config.json").read_text("utf-8")))
-    config.bos_token_id = config.eos_token_id = None
-    model = GPT2LMHeadModel(config).eval()
-    measure_replies(model, args.rounds)
+    measure_replies(args.rounds)
+    model = build_model()
     measure_limit(model)
     measure_batches(model, args.dialogues)
     measure_startup(model)
