@@ -88,3 +88,19 @@ def test_auto_is_int8_on_cpu_and_bf16_on_gpu():
     assert choose_precision("auto", torch.device("cuda")) == "bf16"
     with pytest.raises(UserError, match="--no_cuda"):
         choose_precision("int8", torch.device("cuda"))
+
+
+def test_layers_run_as_torchscript_on_cpu_and_without_it_give_the_same(make_model, monkeypatch):
+    model = make_model(n_embd=64, n_head=4).eval()
+    input_ids = torch.randint(104, model.config.vocab_size, (2, 9))
+    results = []
+    for is_scripted in (True, False):
+        if not is_scripted:
+            monkeypatch.setattr(torch.jit, "script", lambda _: (_ for _ in ()).throw(RuntimeError))
+        engine = build(model, "int8")
+        assert isinstance(engine._blocks, torch.jit.ScriptModule) == is_scripted
+        cache = engine.new_cache(2, 9)
+        parts = [engine.hidden(input_ids[:, :6], cache)]
+        parts += [engine.hidden(input_ids[:, i : i + 1], cache) for i in range(6, 9)]
+        results.append(engine.logits(torch.cat(parts, dim=1)))
+    torch.testing.assert_close(*results)
