@@ -411,6 +411,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args, devices, processes)
 
 
+def resume(path: Path, identity: dict, *, processes: Processes, **parts: object) -> Progress:
+    """读训练状态，放回 parts；没有就从头开始。只有主进程读，别的机器上不必有这个文件。"""
+    state = processes.share(lambda: load_state(path, identity) if path.is_file() else None)
+    if state is None:
+        logger.info("resume: no %s, starting afresh", path)
+        return Progress()
+    progress = restore_state(state, processes=processes, **parts)
+    logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
+    return progress
+
+
 def run(args: argparse.Namespace, devices: list[torch.device], processes: Processes) -> int:
     """做好准备，训练，画出曲线；返回进程退出码。"""
     device = devices[0]
@@ -452,11 +463,8 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     }
     parts = {"model": model, "updater": updater, "processes": processes, "device": device}
     progress = Progress()
-    if args.resume and state_path.is_file():
-        progress = restore_state(load_state(state_path, identity), **parts)
-        logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
-    elif args.resume:
-        logger.info("resume: no %s, starting afresh", state_path)
+    if args.resume:
+        progress = resume(state_path, identity, **parts)
 
     def save(name: str) -> None:
         if processes.is_main:

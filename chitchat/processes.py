@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from chitchat.runtime import UserError
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,28 @@ class Processes:
         values: list[object] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def share(self, compute: Callable[[], object]) -> object:
+        """由主进程算出一个对象，每个进程都得到它；例如只在第一台机器的磁盘上的训练状态。
+
+        Args:
+            compute: 只在主进程里调用，没有参数。
+
+        Raises:
+            UserError: compute 在主进程里报的，每个进程都报。
+        """
+        if self.world_size == 1:
+            return compute()
+        answer: list[object] = [None]
+        if self.is_main:
+            try:
+                answer = [compute()]
+            except UserError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        return answer[0]
 
 
 def parallelize(

@@ -24,6 +24,7 @@ import train
 from chitchat.dataset import IGNORE_INDEX, collate
 from chitchat.loss import LossModule
 from chitchat.processes import Processes, parallelize
+from chitchat.runtime import UserError
 from chitchat.updater import Updater
 
 # 一段验证，七段训练；批次 3 分成 3、3、1 三个窗口，最后一个里第二个进程没有对话
@@ -113,6 +114,10 @@ def interrupt_rank_1(rank: int) -> None:
     train.Updater.step = step
 
 
+def complain(rank: int) -> None:
+    raise UserError(f"from {rank}")
+
+
 def work(rank: int, folder: Path, ports: list[int]) -> None:
     """一个进程要做的全部；结果写进 rank{N}.pt。"""
     os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -121,7 +126,8 @@ def work(rank: int, folder: Path, ports: list[int]) -> None:
 
     def run_train(name: str, *flags: str) -> int:
         os.environ["MASTER_PORT"] = str(next(ports))
-        return train.main([*train_options(folder, name), *flags])
+        disk = name if rank == 0 else f"{name}_elsewhere"  # 两台机器不共用磁盘
+        return train.main([*train_options(folder, disk), *flags])
 
     result = {"codes": [run_train("two")]}
     update = train.Updater.step
@@ -135,6 +141,9 @@ def work(rank: int, folder: Path, ports: list[int]) -> None:
     with processes.join(torch.device("cpu")):
         result["any"] = [processes.any(flag) for flag in (False, True, rank == 0, rank == 1)]
         result["gather"] = processes.gather({"rank": rank})
+        result["share"] = processes.share(lambda: {"from": rank})
+        with pytest.raises(UserError, match="from 0"):
+            processes.share(lambda: complain(rank))
         values = torch.tensor([1.0, 10.0 * rank])
         result["is_same_tensor"] = processes.sum(values) is values
         result["sum"] = values.tolist()
@@ -184,12 +193,13 @@ def test_interrupting_one_process_stops_both(results):
     assert [result["codes"] for result in results] == [[0, 130, 0]] * 2
 
 
-def test_any_sum_and_gather(results):
+def test_any_sum_gather_and_share(results):
     for result in results:
         assert result["any"] == [False, True, True, True]
         assert result["sum"] == [2.0, 10.0]
         assert result["is_same_tensor"]
         assert result["gather"] == [{"rank": 0}, {"rank": 1}]
+        assert result["share"] == {"from": 0}
 
 
 def test_one_process_may_run_out_of_memory_while_the_other_does_not(results):
@@ -220,3 +230,4 @@ def test_alone_nothing_is_exchanged():
     assert alone.sum(values) is values
     assert [alone.any(False), alone.any(True)] == [False, True]
     assert alone.gather("x") == ["x"]
+    assert alone.share(lambda: "x") == "x"
