@@ -79,8 +79,10 @@ def main():
             directories = [Path(folder, name, f"node{i}") for i in range(len(launches))]
             launched = [
                 TrainingProcess(
-                    [*launch, *TRAIN[1:], *options, *extra]
-                    + ["--save_model_path", directory, "--log_path", directory / "log"]
+                    [
+                        *[*launch, *TRAIN[1:], *options, *extra],
+                        *["--save_model_path", directory, "--log_path", directory / "log"],
+                    ]
                 )
                 for launch, directory in zip(launches, directories, strict=True)
             ]
