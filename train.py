@@ -25,7 +25,7 @@ from chitchat.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
+from chitchat.dataset import IGNORE_INDEX, MAX_PADDING, build_loaders, reverse_dialogues
 from chitchat.loss import LossModule
 from chitchat.optim import build_optimizers, build_schedulers
 from chitchat.processes import Processes, parallelize
@@ -394,6 +394,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
         precision=precision,
         processes=processes,
         device=device,
+        max_padding=1.0 if args.compile else MAX_PADDING,  # 编译时形状越少越好
     )
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
     state_path = args.save_model_dir / STATE_NAME
