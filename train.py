@@ -25,7 +25,7 @@ from chitchat.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
+from chitchat.dataset import IGNORE_INDEX, MAX_PADDING, build_loaders, reverse_dialogues
 from chitchat.loss import LossModule
 from chitchat.optim import DEFAULT_LR, build_optimizers, build_schedulers, choose_optimizer
 from chitchat.processes import Processes, parallelize
@@ -238,6 +238,7 @@ def build_updater(
         precision=precision,
         processes=processes,
         device=devices[0],
+        max_padding=1.0 if args.compile else MAX_PADDING,  # 编译时形状越少越好
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from chitchat.dataset import Batch
+from chitchat.dataset import Batch, split_rows
 from chitchat.processes import Processes
 from chitchat.runtime import UserError
 
@@ -40,6 +40,7 @@ class Updater:
         precision: str,
         processes: Processes,
         device: torch.device,
+        max_padding: float = 1.0,
     ) -> None:
         """建立更新器。
 
@@ -51,6 +52,7 @@ class Updater:
             precision: ``fp32``、``bf16`` 或 ``fp16``；fp16 时 loss 会自动缩放。
             processes: 进程分工。
             device: 输入所在的设备。
+            max_padding: 一次前向里补齐超过这个比例就拆开，见 split_rows；1 表示从不。
         """
         self.loss_module = loss_module
         self.optimizers = optimizers
@@ -59,6 +61,7 @@ class Updater:
         self.precision = precision
         self.processes = processes
         self.device = device
+        self.max_padding = max_padding
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.max_rows: int | None = None
         self._largest_done = 0
@@ -138,10 +141,9 @@ class Updater:
             logger.warning("out of memory: max dialogues per forward=%d", self.max_rows)
 
     def _forward_backward(self, batch: Batch) -> Tensor:
-        rows = self.max_rows or len(batch.input_ids)
-        parts = list(zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True))
+        parts = self._split(batch)
         is_ddp = isinstance(self.loss_module, DistributedDataParallel)
-        size = parts[0][0].numel()
+        size = max(input_ids.numel() for input_ids, _ in parts)
         if is_ddp and size > self._largest_done:
             # 头一次遇到这么大的形状，可能放不下：先不同步地算完，再用一行空白触发梯度同步，
             # 这样一个进程重来时，别的进程只是在等它。
@@ -154,6 +156,18 @@ class Updater:
                 sums += self._micro_step(input_ids, labels, batch.num_targets)
         self._largest_done = max(self._largest_done, size)
         return sums
+
+    def _split(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """一个窗口分几次前向：每次的 input_ids 和 labels，形状 (b, t)，b ≤ B，t ≤ T。"""
+        rows = self.max_rows or len(batch.input_ids)
+        if self.max_padding >= 1:
+            return list(zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True))
+        lengths = (batch.labels != self._ignore_index).sum(dim=1).tolist()
+        parts = []
+        for start, stop in split_rows(lengths, max_rows=rows, max_padding=self.max_padding):
+            width = max(2, *lengths[start:stop])
+            parts.append((batch.input_ids[start:stop, :width], batch.labels[start:stop, :width]))
+        return parts
 
     def _micro_step(self, input_ids: Tensor, labels: Tensor, num_targets: int) -> Tensor:
         """一次前向和反向；input_ids 与 labels 形状 (B, T)，返回形状 (3,)。"""

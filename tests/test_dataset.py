@@ -14,6 +14,7 @@ from chitchat.dataset import (
     Window,
     collate,
     split_indices,
+    split_rows,
 )
 from chitchat.token_table import TokenTable
 
@@ -166,3 +167,19 @@ def test_loader_gives_one_batch_per_window_with_its_number_of_targets(num_worker
     assert sorted(rows) == [(11, 12), (21, 22, 23, 24), (41, 42, 43)]
     for batch in batches:
         assert batch.num_targets == int((batch.labels[:, 1:] != -7).sum())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_rows", "max_padding", "parts"),
+    [
+        ([9] * 64, 99, 0.0, [(0, 64)]),  # 没有补齐
+        ([9] * 64, 40, 0.0, [(0, 40), (40, 64)]),
+        ([3] * 32 + [9] * 32, 99, 0.05, [(0, 32), (32, 64)]),
+        ([3] * 32 + [9] * 32, 99, 0.34, [(0, 64)]),  # 补齐恰好三分之一
+        ([3] * 16 + [9] * 48, 99, 0.05, [(0, 16), (16, 32), (32, 64)]),
+        ([*range(31)], 99, 0.05, [(0, 31)]),  # 再分就不足 16 段
+        ([0], 1, 0.05, [(0, 1)]),  # 多进程时的占位
+    ],
+)
+def test_only_padded_windows_are_split(lengths, max_rows, max_padding, parts):
+    assert split_rows(lengths, max_rows=max_rows, max_padding=max_padding) == parts

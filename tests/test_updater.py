@@ -127,6 +127,20 @@ def test_window_that_does_not_fit_is_split_without_changing_the_gradient(
     assert log() == [f"out of memory: max dialogues per forward={rows}" for rows in halvings]
 
 
+def test_padded_window_is_split_without_changing_the_gradient(make_model):
+    dialogues = [[101, *[110 + i] * (i // 4), 102] for i in range(40)]
+    results = []
+    for max_padding in (1.0, 0.05):
+        model = make_model()
+        module = Scarce(model)
+        updater = make_updater(module)
+        updater.max_padding = max_padding
+        sums, _ = updater.step(make_batch(dialogues))
+        results.append((copy_params(model), sums))
+        assert module.sizes == ([40] if max_padding == 1.0 else [20, 20])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-6)
+
+
 def test_split_is_remembered_and_smaller_windows_stay_whole(make_model, log):
     module = Scarce(make_model(), limit=3)
     updater = make_updater(module)

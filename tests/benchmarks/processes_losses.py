@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ from training_process import TRAIN, TrainingProcess, write_config
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LIMIT = 1e-3  # nat 每 token
 SAVE_STEPS = 10
+TIMEOUT = 120  # 秒，一种做法最多跑多久
+# 重来时每次新建会合用的 store；torchrun 缺省的共用 store 里还有死去的进程的地址。
+# 来源: https://github.com/pytorch/pytorch/issues/135712
+FRESH_STORE = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
 
 
 def free_port():
@@ -44,13 +49,29 @@ def elastic_options(port, max_restarts):
     return [[*options, "--rdzv_id", "chitchat"]] * 2
 
 
-def worker_pid(launcher, rank):
-    """torchrun 启动的第 rank 个进程的 pid。"""
-    pid = launcher.process.pid
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
+def kill_worker(launched, rank):
+    """SIGKILL 第 rank 个训练进程，它是某个 torchrun 的子进程。"""
+    for launcher in launched:
+        pid = launcher.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                os.kill(int(child), signal.SIGKILL)
+                return
     raise LookupError(rank)
+
+
+def wait_for_all(launched):
+    """等所有的命令成功结束；有一个失败或超时，就结束其余的，并显示输出。"""
+    deadline = time.monotonic() + TIMEOUT
+    while any(process.is_running for process in launched) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    is_late = any(process.is_running for process in launched)
+    for process in launched:
+        process.process.terminate()  # torchrun 会带走它的子进程；已经结束的不受影响
+    codes = [process.wait() for process in launched]
+    if is_late or any(codes):
+        text = "\n".join(process.text[-3000:] for process in launched)
+        raise SystemExit(f"{text}\nexit codes {codes}, timed out: {is_late}")
 
 
 def read_losses(directory):
@@ -74,40 +95,34 @@ def main():
         options += ["--precision", "fp32", "--epochs", args.epochs, "--optimizer", args.optimizer]
         options += ["--batch_size", 16, "--gradient_accumulation_steps", 1]
 
-        def run(name, launches, *extra, victim=None):
-            """每份 launches 启动一个命令；各“机器”不共用磁盘，第一台的结果算数。"""
-            directories = [Path(folder, name, f"node{i}") for i in range(len(launches))]
-            launched = [
-                TrainingProcess(
-                    [
-                        *[*launch, *TRAIN[1:], *options, *extra],
-                        *["--save_model_path", directory, "--log_path", directory / "log"],
-                    ]
-                )
-                for launch, directory in zip(launches, directories, strict=True)
-            ]
-            first = launched[0]
-            if victim:
-                node, rank = victim
+        def run(name, launches, *extra, should_kill=False):
+            """每份 launches 启动一个命令，共用一个 --save_model_path。"""
+            directory = Path(folder, name.replace(" ", "_"))
+            paths = ["--save_model_path", directory, "--log_path", directory / "log"]
+            rest = [*TRAIN[1:], *options, *extra, *paths]
+            launched = [TrainingProcess([*launch, *rest]) for launch in launches]
+            if should_kill:
                 target = generator.randint(SAVE_STEPS, 3 * SAVE_STEPS)
-                first.wait_until(lambda: (first.step or 0) >= target)
-                os.kill(worker_pid(launched[node], rank), signal.SIGKILL)
-                step = first.step
-            for process in launched:
-                code = process.wait()
-                assert code == 0, process.text
-            losses[name] = read_losses(directories[0])
-            if victim:
-                lost.append((name, step, first.resumed_from))
+                first = launched[0]
+                first.wait_until(lambda: max(p.step or 0 for p in launched) >= target)
+                kill_worker(launched, rank=1)
+                step = max(p.step or 0 for p in launched)
+            wait_for_all(launched)
+            losses[name] = read_losses(directory)
+            if should_kill:  # c10d 重新会合之后，主进程可能换了一台机器
+                resumed_from = max(p.resumed_from or 0 for p in launched)
+                lost.append((name, step, resumed_from))
 
         resume = ["--resume", "--save_steps", SAVE_STEPS]
         alone = [*TORCHRUN, "--standalone", "--nproc_per_node", 2]
         run("1 process", [[sys.executable]])
         run("2 processes", [alone])
         run("2 nodes", [[*TORCHRUN, *node] for node in node_options(free_port())])
-        run("2 processes, killed", [[*alone, "--max_restarts", 3]], *resume, victim=(0, 1))
+        restarting = [[*FRESH_STORE, *alone, "--max_restarts", 3]]
+        run("2 processes, killed", restarting, *resume, should_kill=True)
         elastic = elastic_options(free_port(), max_restarts=3)
-        run("2 nodes, killed", [[*TORCHRUN, *node] for node in elastic], *resume, victim=(1, 1))
+        restarting = [[*FRESH_STORE, *TORCHRUN, *node] for node in elastic]
+        run("2 nodes, killed", restarting, *resume, should_kill=True)
 
     names = [f"{kind} {i + 1}" for kind in ("train", "val") for i in range(args.epochs)]
     print(f"{'loss (nat per token)':22}", *(f"{name:>10}" for name in names), "  difference")
@@ -120,7 +135,7 @@ def main():
     print(f"largest difference: {largest:.1e} (limit {LIMIT:.0e})")
     for name, step, resumed_from in lost:
         print(
-            f"{name}: SIGKILL at step {step}, resumed from step {resumed_from}, "
+            f"{name}: rank 1 got SIGKILL at step {step}, resumed from step {resumed_from}, "
             f"{step - resumed_from} steps trained again"
         )
     return 0 if largest <= LIMIT else 1

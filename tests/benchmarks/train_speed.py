@@ -1,7 +1,8 @@
 """训练速度：参考实现的循环与本项目的循环，同一份语料、同一个模型，一次运行里先后计时。
 
 用法: python tests/benchmarks/train_speed.py --train_path data/train.pkl
-每种做法各开一个子进程，内存峰值因此互不影响。
+每种做法各开一个子进程，内存峰值因此互不影响。最后是一整轮里补齐占的比例，只排批次，不训练；
+--seconds 0 时只有它。
 """
 
 import argparse
@@ -21,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import reference_loop  # noqa: E402
 
-from chitchat.dataset import build_loaders  # noqa: E402
+from chitchat.dataset import MAX_PADDING, build_loaders, split_rows  # noqa: E402
 from chitchat.loss import LossModule  # noqa: E402
 from chitchat.optim import build_optimizers, build_schedulers  # noqa: E402
 from chitchat.processes import Processes  # noqa: E402
@@ -30,10 +31,10 @@ from chitchat.token_table import load_token_table  # noqa: E402
 from chitchat.updater import Updater, choose_precision  # noqa: E402
 
 
-def train_ours(model, table, args, *, batch_size, accumulation, device):
+def build_train_loader(table, *, batch_size, accumulation, val_num=1):
     loader, _ = build_loaders(
         table,
-        val_num=1,
+        val_num=val_num,
         max_len=150,
         train_window=batch_size * accumulation,
         val_window=batch_size,
@@ -44,6 +45,33 @@ def train_ours(model, table, args, *, batch_size, accumulation, device):
         seed=0,
         processes=Processes(),
     )
+    return loader
+
+
+def measure_padding(train_path, vocab_size, batch_sizes):
+    """一整轮里补齐占的比例，不训练；打印一张表：整窗一次前向，和像 train.py 那样拆开。"""
+    table = load_token_table(train_path, vocab_size)
+    print(f"{'padding over one epoch':30} windows  one forward each  forwards  split as trained")
+    for batch_size, accumulation in batch_sizes:
+        loader = build_train_loader(
+            table, batch_size=batch_size, accumulation=accumulation, val_num=8000
+        )
+        shares = []
+        for max_padding in (1.0, MAX_PADDING):
+            num_forwards = num_tokens = num_cells = 0
+            for batch in loader:
+                lengths = (batch.labels != -100).sum(dim=1).tolist()
+                num_tokens += sum(lengths)
+                for i, j in split_rows(lengths, max_rows=len(lengths), max_padding=max_padding):
+                    num_forwards += 1
+                    num_cells += max(lengths[i:j]) * (j - i)
+            shares.append(1 - num_tokens / num_cells)
+        name = f"batch {batch_size} x {accumulation} (window {batch_size * accumulation})"
+        print(f"{name:30} {len(loader):7} {shares[0]:17.2%} {num_forwards:9} {shares[1]:17.2%}")
+
+
+def train_ours(model, table, args, *, batch_size, accumulation, device):
+    loader = build_train_loader(table, batch_size=batch_size, accumulation=accumulation)
     optimizers = build_optimizers(model, args.optimizer, lr=1e-3, eps=1e-9)
     updater = Updater(
         LossModule(model),
@@ -53,6 +81,7 @@ def train_ours(model, table, args, *, batch_size, accumulation, device):
         precision=choose_precision(args.precision, device),
         processes=Processes(),
         device=device,
+        max_padding=MAX_PADDING,
     )
     model.train()
     num_tokens = num_padding = 0
@@ -61,7 +90,9 @@ def train_ours(model, table, args, *, batch_size, accumulation, device):
         for batch in loader:
             updater.step(batch)
             num_tokens += batch.num_targets
-            num_padding += batch.input_ids.numel() - len(batch.input_ids) - batch.num_targets
+            lengths = (batch.labels != -100).sum(dim=1).tolist()
+            for i, j in split_rows(lengths, max_rows=len(lengths), max_padding=MAX_PADDING):
+                num_padding += max(lengths[i:j]) * (j - i) - sum(lengths[i:j])
             elapsed = time.perf_counter() - started
             if elapsed >= args.seconds:
                 return num_tokens, num_padding, elapsed
@@ -130,6 +161,15 @@ def main():
     if args.variant:
         run_variant(args)
         return
+    if args.seconds:
+        compare_speed(args)
+    vocab_size = json.loads(args.model_config.read_text(encoding="utf-8"))["vocab_size"]
+    batch_sizes = [(4, 4), (args.batch_size, 1), (args.batch_size, 4)]
+    measure_padding(args.train_path, vocab_size, batch_sizes)
+
+
+def compare_speed(args):
+    """各种做法先后计时，打印一张表。"""
 
     def measure(variant):
         command = [sys.executable, *sys.argv, "--variant", variant]
