@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--greedy", action="store_true", help="总取最可能的 token，不采样")
     add("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto",
         help="权重的精度；auto 在 CPU 上是 int8，在 GPU 上是 bf16（默认 %(default)s）")  # fmt: skip
-    add("--num_candidates", type=bounded(int, minimum=1), default=1, metavar="N",
-        help="每次生成 N 个候选再挑一个（默认 %(default)s）")  # fmt: skip
+    add("--num_candidates", type=bounded(int, minimum=1, maximum=1000), default=1,
+        metavar="N", help="每次生成 N 个候选再挑一个，最多 1000（默认 %(default)s）")  # fmt: skip
     add("--mmi_model_path", metavar="DIR",
         help="train.py --train_mmi 的反向模型，用来挑选候选；默认按候选自身的概率")  # fmt: skip
     add("--debug", action="store_true", help="列出每个候选和它的分数")

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from chitchat.engine import Engine
-from chitchat.generation import Generator, score_continuations
+from chitchat.generation import Generator, Response, score_continuations
 from chitchat.knobs import SamplingOptions, check_max_len
 from chitchat.tokenizer import SpecialIds, decode_response, special_ids, unspeakable_ids
+
+MAX_ROWS = 32  # 候选每次最多生成这么多行：要几个候选都占同样的内存
 
 
 def build_context(
@@ -174,14 +176,16 @@ class Chatbot:
 
         来源: Li et al. 2016, arXiv:1510.03055 的 MMI-bidi；DialoGPT, arXiv:1911.00536 §3.2。
         """
-        num_rows = self.num_candidates
-        responses = self.generator.generate(
-            [context] * num_rows, options, [rng] * num_rows, with_scores=True
-        )
+        responses: list[Response] = []
+        while len(responses) < self.num_candidates:
+            num_rows = min(MAX_ROWS, self.num_candidates - len(responses))
+            responses += self.generator.generate(
+                [context] * num_rows, options, [rng] * num_rows, with_scores=True
+            )
         by_text = {decode_response(self.tokenizer, r.token_ids).strip(): r for r in responses}
         kept = [response for text, response in by_text.items() if text] or responses[:1]
         candidates = [Candidate(response.token_ids, response.likelihood, None) for response in kept]
-        if self.backward_engine is not None and len(candidates) > 1:
+        if self.backward_engine is not None:
             scores = self._score_backward(context, [c.token_ids for c in candidates])
             candidates = [
                 replace(candidate, backward=score)
@@ -200,5 +204,11 @@ class Chatbot:
         room = self.backward_engine.n_positions - 2 - max(map(len, replies))
         source = source[: max(1, room)]
         pairs = [([self.ids.cls, *reply, self.ids.sep], source) for reply in replies]
-        sums = score_continuations(self.backward_engine, pairs, self.ids.pad)
+        sums = [
+            total
+            for start in range(0, len(pairs), MAX_ROWS)
+            for total in score_continuations(
+                self.backward_engine, pairs[start : start + MAX_ROWS], self.ids.pad
+            )
+        ]
         return [total / len(source) for total in sums]

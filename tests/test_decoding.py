@@ -11,7 +11,7 @@ from transformers.generation import LogitsProcessorList, SuppressTokensLogitsPro
 
 from chitchat.corpus import read_dialogues
 from chitchat.dataset import reverse_dialogues
-from chitchat.decoding import Chatbot, ResponseStreamer, build_context
+from chitchat.decoding import MAX_ROWS, Chatbot, ResponseStreamer, build_context
 from chitchat.engine import Engine
 from chitchat.generation import score_continuations
 from chitchat.knobs import SamplingOptions
@@ -136,6 +136,34 @@ def test_candidates_are_ranked_by_the_backward_model(make_bot):
         assert math.isfinite(candidate.likelihood)
     scores = [candidate.backward for candidate in candidates]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_a_lone_candidate_is_scored_too(make_bot):
+    bot = make_bot()
+    bot.num_candidates, bot.backward_engine = 5, bot.engine
+    (candidate,) = bot.rank_candidates([101, 110, 102], GREEDY, random.Random(0))
+    pair = ([101, *candidate.token_ids, 102], [110, 102])
+    expected = score_continuations(bot.engine, [pair], 0)[0] / 2
+    assert candidate.backward == pytest.approx(expected, rel=1e-3)
+
+
+def test_many_candidates_are_made_a_few_at_a_time(make_bot, monkeypatch):
+    """内存只取决于一批有几行，与要几个候选无关。"""
+    bot = make_bot()
+    bot.num_candidates, bot.backward_engine = 2 * MAX_ROWS + 3, bot.engine
+    sizes = []
+    hidden = Engine.hidden
+
+    def watch(self, input_ids, *args, **kwargs):
+        sizes.append(len(input_ids))
+        return hidden(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "hidden", watch)
+    options = SamplingOptions(top_k=0, temperature=50.0, max_len=6)
+    candidates = bot.rank_candidates([101, 110, 102], options, random.Random(0))
+    assert len({tuple(c.token_ids) for c in candidates}) > 2 * MAX_ROWS
+    assert max(sizes) == MAX_ROWS
+    assert all(candidate.backward is not None for candidate in candidates)
 
 
 @pytest.mark.parametrize("text", ["3.14", "it's ok", "www.abc.com", "12.30 hello, a", "你好a.cn"])

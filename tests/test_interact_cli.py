@@ -318,6 +318,7 @@ def samples_path_is_a_file(model_dir: Path) -> list[str]:
         (["--min_p", "1.1"], ["--min_p", "不大于 1"]),
         (["--no_repeat_ngram_size", "-1"], ["--no_repeat_ngram_size", "不小于 0"]),
         (["--num_candidates", "0"], ["--num_candidates", "不小于 1"]),
+        (["--num_candidates", "1001"], ["--num_candidates", "不大于 1000"]),
         (["--precision", "fp8"], ["--precision", "fp8", "int8"]),
         (["--mmi_model_path", "."], ["--mmi_model_path", "--num_candidates"]),
         (["--input_path", "x.txt"], ["--input_path", "--output_path"]),
