@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model_path", default="model/epoch13")
     parser.add_argument("--mmi_model_path", required=True)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=40, help="每段上文答几次（默认 %(default)s）")
+    parser.add_argument("--rounds", type=int, default=20, help="每段上文答几次（默认 %(default)s）")
     args = parser.parse_args()
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     device = torch.device("cpu")
