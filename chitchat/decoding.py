@@ -32,11 +32,15 @@ def build_context(
     Returns:
         上下文的 token id，以及是否因为放不下而截去了一部分。
     """
-    utterances = [list(utterance) for utterance in history[-max_history_len:]]
+    utterances: list[list[int]] = []
+    size = 1
     is_truncated = False
-    while len(utterances) > 1 and 1 + sum(len(u) + 1 for u in utterances) > max_tokens:
-        del utterances[0]
-        is_truncated = True
+    for utterance in reversed(history[-max_history_len:]):
+        size += len(utterance) + 1
+        if utterances and size > max_tokens:
+            is_truncated = True
+            break
+        utterances.insert(0, list(utterance))
     room = max_tokens - 2
     if len(utterances) == 1 and len(utterances[0]) > room:
         utterances[0] = utterances[0][-room:]

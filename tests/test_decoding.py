@@ -226,3 +226,25 @@ def test_a_part_of_another_input_is_not_continued(make_bot, dialogues_path, tmp_
     (tmp_path / "out.txt.part").write_text("晚安\n你\n\n", encoding="utf-8")
     with pytest.raises(UserError, match="另一份输入"):
         answer(make_bot(), dialogues_path, tmp_path / "out.txt")
+
+
+def test_context_of_a_long_history_takes_no_longer():
+    """只看放得下的那几句：历史长一千倍，碰到的句子一样多。"""
+
+    class Utterance(list):
+        num_read = 0
+
+        def __len__(self) -> int:
+            Utterance.num_read += 1
+            return super().__len__()
+
+    counts = []
+    for num_utterances in (20, 20_000):
+        Utterance.num_read = 0
+        history = [Utterance([200]) for _ in range(num_utterances)]
+        context, is_truncated = build_context(
+            history, ids=IDS, max_history_len=num_utterances, max_tokens=21
+        )
+        assert (len(context), is_truncated) == (21, True)
+        counts.append(Utterance.num_read)
+    assert counts[0] == counts[1]
