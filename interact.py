@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from chitchat.architecture import check_vocab_size
 from chitchat.checkpoint import (
-    check_vocab_size,
     load_engine,
     load_model_tokenizer,
     read_config,

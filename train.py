@@ -15,20 +15,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from chitchat.checkpoint import (
-    build_model,
-    check_vocab_size,
-    load_model,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
-from chitchat.dataset import IGNORE_INDEX, MAX_PADDING, build_loaders, reverse_dialogues
+from chitchat.architecture import build_model, check_vocab_size
+from chitchat.batching import MAX_PADDING
+from chitchat.checkpoint import load_model, remove_old_checkpoints, save_checkpoint
+from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
 from chitchat.loss import LossModule
 from chitchat.optim import DEFAULT_LR, build_optimizers, build_schedulers, choose_optimizer
 from chitchat.processes import Processes, parallelize
+from chitchat.reporting import TrainingLog, sample_replies, save_loss_curve
 from chitchat.runtime import (
     EXIT_INTERRUPTED,
     CliParser,
@@ -49,17 +45,9 @@ from chitchat.state import (
     restore_state,
     save_state,
 )
-from chitchat.token_table import is_encoded_with, load_token_table
+from chitchat.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
-from chitchat.training import (
-    Estimate,
-    Meter,
-    MetricWriter,
-    TokenAverage,
-    evaluate,
-    sample_replies,
-    save_loss_curve,
-)
+from chitchat.training import Meter, evaluate
 from chitchat.updater import PRECISIONS, Updater, choose_precision
 
 logger = logging.getLogger("chitchat.train")
@@ -200,6 +188,29 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
     return model
 
 
+def prepare_data(
+    args: argparse.Namespace, model: GPT2LMHeadModel, tokenizer: Tokenizer, processes: Processes
+) -> tuple[TokenTable, tuple[DataLoader, DataLoader]]:
+    """读训练数据，划分，给出整张表和训练、验证的 DataLoader。"""
+    ids = special_ids(tokenizer)
+    table = load_token_table(args.train_path, model.config.vocab_size, vocab_fingerprint(tokenizer))
+    if args.train_mmi:
+        table = reverse_dialogues(table, ids.sep)
+    return table, build_loaders(
+        table,
+        val_num=args.val_num,
+        train_window=args.batch_size * args.gradient_accumulation_steps,
+        val_window=args.batch_size,
+        num_workers=args.num_workers,
+        seed=args.seed,
+        processes=processes,
+        max_len=args.max_len,
+        pad_id=ids.pad,
+        ignore_index=args.ignore_index,
+        width_multiple=COMPILED_WIDTH if args.compile else 1,
+    )
+
+
 def choose_optimization(
     args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader
 ) -> None:
@@ -269,13 +280,12 @@ def train(
     train_loader, val_loader = loaders
     processes, device = updater.processes, updater.device
     stopping = progress.early_stopping(args.patience)
-    log_dir = args.save_model_dir / "runs" if processes.is_main else None
-    writer = MetricWriter(log_dir, first_step=progress.step)
-    total_steps = len(train_loader) * args.epochs
-    disable = None if processes.is_main else True  # None：不是终端就不显示
-    bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=disable)
-    clock = Estimate(total_steps, progress.step)
-    with stop_signals() as should_stop, contextlib.closing(writer), bar:
+    log = TrainingLog(
+        args.save_model_dir / "runs" if processes.is_main else None,
+        total_steps=len(train_loader) * args.epochs,
+        first_step=progress.step,
+    )
+    with stop_signals() as should_stop, contextlib.closing(log):
         while progress.epoch < args.epochs and not stopping.should_stop:
             train_loader.sampler.epoch = progress.epoch
             train_loader.sampler.start = progress.window
@@ -285,14 +295,15 @@ def train(
                 meter.add(sums)
                 progress.window += 1
                 progress.step += 1
-                bar.update()
-                clock.report(progress.step)
-                if progress.step % args.log_step == 0 or device.type == "cpu":
+                log.advance(progress.step)
+                should_log = progress.step % args.log_step == 0
+                if should_log or device.type == "cpu":
                     updater.check_finite()
-                if progress.step % args.log_step == 0:
+                if should_log:
                     recent, speed = meter.read_recent()
-                    bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
-                    write_step(writer, progress.step, recent, updater.lr, grad_norm, speed)
+                    log.write_step(
+                        progress.step, recent, speed, lr=updater.lr, grad_norm=float(grad_norm)
+                    )
                 is_interrupted = processes.any(should_stop())
                 if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
                     meter.read_recent()
@@ -310,65 +321,19 @@ def train(
                 device=device,
                 precision=updater.autocast(),
             )
-            write_epoch(writer, progress, average, validation, updater.lr, speed)
-            save(f"epoch{progress.epoch + 1}")
+            epoch = progress.epoch + 1
+            log.write_epoch(progress.step, epoch, average, validation, lr=updater.lr, speed=speed)
+            save(f"epoch{epoch}")
             if stopping.update(validation.loss):
                 save("min_ppl_model")
             progress.finish_epoch(average, validation, stopping)
             save_progress()
             if processes.is_main:
-                remove_old_checkpoints(args.save_model_dir, args.save_total_limit, progress.epoch)
-                writer.write_text(progress.step, "samples", describe())
+                remove_old_checkpoints(args.save_model_dir, args.save_total_limit, epoch)
+                log.write_samples(progress.step, describe())
     if stopping.should_stop:
         logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)
     return True
-
-
-def write_step(
-    writer: MetricWriter,
-    step: int,
-    recent: TokenAverage,
-    lr: float,
-    grad_norm: torch.Tensor,
-    tokens_per_second: float,
-) -> None:
-    """每 --log_step 次更新写一次 TensorBoard。"""
-    writer.write(
-        step,
-        train_loss=recent.loss,
-        train_accuracy=recent.accuracy,
-        train_lr=lr,
-        train_grad_norm=float(grad_norm),
-        train_tokens_per_second=tokens_per_second,
-    )
-
-
-def write_epoch(
-    writer: MetricWriter,
-    progress: Progress,
-    average: TokenAverage,
-    validation: TokenAverage,
-    lr: float,
-    tokens_per_second: float,
-) -> None:
-    """每轮写一行日志和 TensorBoard 的验证指标。"""
-    writer.write(
-        progress.step,
-        val_loss=validation.loss,
-        val_ppl=validation.ppl,
-        val_accuracy=validation.accuracy,
-    )
-    logger.info(
-        "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
-        "tokens_per_second=%.0f",
-        progress.epoch + 1,
-        average.loss,
-        average.accuracy,
-        validation.loss,
-        validation.ppl,
-        lr,
-        tokens_per_second,
-    )
 
 
 def log_overview(
@@ -431,22 +396,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.vocab_path)
     model = prepare_model(args, tokenizer)
-    table = load_token_table(args.train_path, model.config.vocab_size, vocab_fingerprint(tokenizer))
-    if args.train_mmi:
-        table = reverse_dialogues(table, special_ids(tokenizer).sep)
-    loaders = build_loaders(
-        table,
-        val_num=args.val_num,
-        max_len=args.max_len,
-        val_window=args.batch_size,
-        train_window=args.batch_size * args.gradient_accumulation_steps,
-        pad_id=special_ids(tokenizer).pad,
-        ignore_index=args.ignore_index,
-        width_multiple=COMPILED_WIDTH if args.compile else 1,
-        num_workers=args.num_workers,
-        seed=args.seed,
-        processes=processes,
-    )
+    table, loaders = prepare_data(args, model, tokenizer, processes)
     model.to(device).train()
     if args.compile:
         model.transformer.compile()

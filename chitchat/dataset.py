@@ -1,4 +1,4 @@
-"""训练数据：划分、按长度分桶、组成批次。
+"""训练数据：划分，取出对话，补齐成批次。
 
 形状记号: B 批内对话数   T 批内最长对话的 token 数   D 对话总数
 """
@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from chitchat.batching import LengthBucketSampler, Window
 from chitchat.processes import Processes
 from chitchat.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # 与 torch 交叉熵的默认 ignore_index 一致
-MAX_PADDING = 0.05  # 一次前向里补齐超过这个比例，就拆成两次
-MIN_ROWS = 16  # 但每次不少于这么多段对话，太小的前向反而慢
 
 
 def split_indices(
@@ -64,73 +63,12 @@ def reverse_dialogues(table: TokenTable, sep_id: int) -> TokenTable:
     return TokenTable.from_dialogues(dialogues)
 
 
-class Window(NamedTuple):
-    """一次参数更新所用的对话；多进程时只含本进程的一份。"""
-
-    indices: list[int]
-    num_targets: int  # 整个窗口（所有进程合计）要预测的 token 数，loss 以它为分母
-
-
 class Batch(NamedTuple):
     """一个窗口的张量。"""
 
     input_ids: torch.Tensor  # (B, T)
     labels: torch.Tensor  # (B, T)，补齐处为 ignore_index
     num_targets: int
-
-
-class LengthBucketSampler(Sampler[Window]):
-    """把长度相近的对话放进同一个窗口，几乎没有补齐；每轮每段对话恰好出现一次。
-
-    每轮先随机打乱再按长度稳定排序，切成窗口后打乱窗口的次序。轮次由 ``epoch`` 决定，
-    同一个 (seed, epoch) 总给出同样的次序，断点续训因此能从任意窗口接着走。
-    """
-
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        *,
-        window_size: int,
-        seed: int,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """建立采样器。
-
-        Args:
-            lengths: 每段对话截断后的 token 数，形状 (D,)。
-            window_size: 每个窗口的对话数，所有进程合计。
-            seed: 随机种子，所有进程相同。
-            shuffle: False 时按长度固定排列，用于验证。
-            rank: 本进程的编号。
-            world_size: 进程数。
-        """
-        self.lengths = lengths
-        self.window_size = window_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start = 0  # 从本轮的第几个窗口开始，断点续训用
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.window_size)
-
-    def __iter__(self) -> Iterator[Window]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = np.arange(len(self.lengths))
-        if self.shuffle:
-            generator.shuffle(order)
-        order = order[np.argsort(self.lengths[order], kind="stable")]
-        starts = np.arange(len(self)) * self.window_size
-        if self.shuffle:
-            generator.shuffle(starts)
-        for start in starts[self.start :]:
-            window = order[start : start + self.window_size]
-            num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
-            yield Window(window[self.rank :: self.world_size].tolist(), num_targets)
 
 
 class DialogueDataset(Dataset[Batch]):
@@ -208,35 +146,6 @@ def collate(
     return Batch(input_ids, labels, num_targets)
 
 
-def split_rows(
-    lengths: Sequence[int], *, max_rows: int, max_padding: float
-) -> list[tuple[int, int]]:
-    """把一个窗口分成几次前向：先按 max_rows 切，补齐仍太多的再对半切，每份按自己的最长补齐。
-
-    对话按长度排好，只有最长的几个窗口里长短悬殊，所以几乎不增加前向的次数。
-
-    Args:
-        lengths: 每段对话的 token 数，可为 0（多进程时的占位）。
-        max_rows: 一次前向最多的对话数。
-        max_padding: 补齐占的比例超过它才对半切，0 到 1；切出来的不少于 MIN_ROWS 段。
-
-    Returns:
-        各次前向的首尾 ``(start, stop)``，依次盖住所有对话。
-    """
-    parts = []
-    waiting = [(i, min(i + max_rows, len(lengths))) for i in range(0, len(lengths), max_rows)]
-    while waiting:
-        start, stop = waiting.pop(0)
-        width = max(lengths[start:stop])
-        num_padding = width * (stop - start) - sum(lengths[start:stop])
-        middle = (start + stop) // 2
-        if middle - start >= MIN_ROWS and num_padding > max_padding * width * (stop - start):
-            waiting[:0] = [(start, middle), (middle, stop)]
-        else:
-            parts.append((start, stop))
-    return parts
-
-
 def _ignore_stop_signals(worker_id: int) -> None:
     """Ctrl+C 和 SIGTERM 由主进程处理：它先存好状态，再让读数据的子进程结束。"""
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -247,44 +156,31 @@ def build_loaders(
     table: TokenTable,
     *,
     val_num: int,
-    max_len: int,
     train_window: int,
     val_window: int,
-    pad_id: int,
-    ignore_index: int,
-    width_multiple: int,
     num_workers: int,
     seed: int,
     processes: Processes,
+    **options: int,
 ) -> tuple[DataLoader, DataLoader]:
     """划分语料，给出训练集和验证集的 DataLoader。
 
     Args:
         table: 全部对话。
         val_num: 留作验证的对话数，见 split_indices。
-        max_len: 每段对话最多保留的 token 数。
         train_window: 一次参数更新的对话数，所有进程合计。
         val_window: 验证时一次前向的对话数，所有进程合计。
-        pad_id: [PAD] 的 id。
-        ignore_index: labels 里补齐处的值。
-        width_multiple: 批次的宽度补齐到它的倍数。
         num_workers: 读数据的子进程数，0 表示在主进程里读。
         seed: 划分和次序的种子。
         processes: 进程分工。
+        options: DialogueDataset 的其余参数。
     """
     train_indices, val_indices, is_reduced = split_indices(len(table), val_num, seed)
     if is_reduced:
         logger.info("corpus is small: val_num=%d instead of %d", len(val_indices), val_num)
 
     def build(indices: np.ndarray, window_size: int, *, shuffle: bool) -> DataLoader:
-        dataset = DialogueDataset(
-            table,
-            indices,
-            max_len=max_len,
-            pad_id=pad_id,
-            ignore_index=ignore_index,
-            width_multiple=width_multiple,
-        )
+        dataset = DialogueDataset(table, indices, **options)
         sampler = LengthBucketSampler(
             dataset.lengths,
             window_size=window_size,

@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from chitchat.engine import Engine
-from chitchat.generation import Generator, Response, score_continuations
+from chitchat.generation import MAX_ROWS, Generator, Response, score_continuations
 from chitchat.knobs import SamplingOptions, check_max_len
 from chitchat.tokenizer import SpecialIds, decode_response, special_ids, unspeakable_ids
-
-MAX_ROWS = 32  # 候选每次最多生成这么多行：要几个候选都占同样的内存
 
 
 def build_context(
@@ -208,11 +206,5 @@ class Chatbot:
         room = self.backward_engine.n_positions - 2 - max(map(len, replies))
         source = source[: max(1, room)]
         pairs = [([self.ids.cls, *reply, self.ids.sep], source) for reply in replies]
-        sums = [
-            total
-            for start in range(0, len(pairs), MAX_ROWS)
-            for total in score_continuations(
-                self.backward_engine, pairs[start : start + MAX_ROWS], self.ids.pad
-            )
-        ]
+        sums = score_continuations(self.backward_engine, pairs, self.ids.pad)
         return [total / len(source) for total in sums]

@@ -19,7 +19,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from chitchat.runtime import UserError
-from chitchat.tokenizer import encode_utterances, special_ids
+from chitchat.tokenizer import encode_dialogues, encode_utterances, special_ids
 
 MAX_CACHED_WORDS = 200_000
 DIALOGUE_START, UTTERANCE_END = "\0", "\n"  # 整批文字里的记号，查表得 [CLS] 与 [SEP]
@@ -137,11 +137,9 @@ class DialogueEncoder:
 
     def _encode_with_library(self, dialogues: Sequence[Sequence[str]]) -> EncodedBatch:
         """逐句交给 tokenizers：用于切分规则不是 BERT 的 tokenizer.json。"""
-        encoded = iter(encode_utterances(self._tokenizer, [u for d in dialogues for u in d]))
-        rows = []
-        for dialogue in dialogues:
-            row = [self._ids.cls]
-            for utterance in itertools.islice(encoded, len(dialogue)):
-                row += [*utterance, self._ids.sep]
-            rows.append(row)
-        return EncodedBatch.from_rows(rows)
+        return EncodedBatch.from_rows(
+            [
+                [self._ids.cls, *(i for utterance in dialogue for i in (*utterance, self._ids.sep))]
+                for dialogue in encode_dialogues(self._tokenizer, dialogues)
+            ]
+        )

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,14 +16,13 @@ from tqdm import tqdm
 
 from chitchat.corpus import read_dialogues
 from chitchat.decoding import Chatbot
-from chitchat.generation import score_continuations
+from chitchat.generation import MAX_ROWS, score_continuations
 from chitchat.knobs import SamplingOptions
 from chitchat.metrics import build_report, require_sacrebleu
 from chitchat.runtime import UserError
-from chitchat.tokenizer import decode_response, encode_utterances
+from chitchat.tokenizer import decode_response, encode_dialogues, encode_utterances
 
-BATCH_SIZE = 32  # 再大，CPU 上每句已快不了多少
-DIALOGUES_PER_CHUNK = 32 * BATCH_SIZE  # 在这么多段里按长度排序，写一次结果
+DIALOGUES_PER_CHUNK = 32 * MAX_ROWS  # 在这么多段里按长度排序，写一次结果
 
 
 def answer_file(
@@ -56,12 +54,7 @@ def answer_file(
     """
     if with_report:
         require_sacrebleu()
-    dialogues = [
-        dialogue for dialogue in read_dialogues(input_path) if not with_report or len(dialogue) > 1
-    ]
-    if not dialogues:
-        need = "至少两句的对话" if with_report else "对话"
-        raise UserError(f"{input_path} 里没有{need}：请写入一行一句、空行分隔的对话")
+    dialogues = _read_input(input_path, min_utterances=2 if with_report else 1)
     contexts = [dialogue[:-1] if with_report else dialogue for dialogue in dialogues]
     partial = output_path.with_name(output_path.name + ".part")
     num_done = _count_done(partial, contexts)
@@ -86,6 +79,15 @@ def answer_file(
     references = [dialogue[-1] for dialogue in dialogues]
     replies = [dialogue[-1] for dialogue in read_dialogues(output_path)]
     return build_report(replies, references, reference_ppl(bot, contexts, references, options))
+
+
+def _read_input(path: Path, min_utterances: int) -> list[list[str]]:
+    """至少 min_utterances 句的对话；一段也没有时报错。"""
+    dialogues = [d for d in read_dialogues(path) if len(d) >= min_utterances]
+    if not dialogues:
+        need = "至少两句的对话" if min_utterances > 1 else "对话"
+        raise UserError(f"{path} 里没有{need}：请写入一行一句、空行分隔的对话")
+    return dialogues
 
 
 def _count_done(partial: Path, contexts: Sequence[Sequence[str]]) -> int:
@@ -122,12 +124,12 @@ def answer_batch(
         rngs: 每段一个随机数源。
         bar: 每答完一批就前进的进度条。
     """
-    histories = _encode(bot, dialogues)
+    histories = encode_dialogues(bot.tokenizer, dialogues)
     contexts = [bot.build_context(history, options)[0] for history in histories]
     replies = [""] * len(contexts)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    for start in range(0, len(order), BATCH_SIZE):
-        rows = order[start : start + BATCH_SIZE]
+    for start in range(0, len(order), MAX_ROWS):
+        rows = order[start : start + MAX_ROWS]
         if bot.num_candidates > 1:
             responses = [bot.rank_candidates(contexts[i], options, rngs[i])[0] for i in rows]
         else:
@@ -149,22 +151,13 @@ def reference_ppl(
 ) -> float:
     """模型对参考答案（含 [SEP]）的困惑度，按 token 平均。"""
     pairs = []
-    rows = zip(_encode(bot, dialogues), encode_utterances(bot.tokenizer, references), strict=True)
-    for history, reference in rows:
+    histories = encode_dialogues(bot.tokenizer, dialogues)
+    targets = encode_utterances(bot.tokenizer, references)
+    for history, reference in zip(histories, targets, strict=True):
         context, _ = bot.build_context(history, options)
         room = bot.max_positions - len(context)
         pairs.append((context, [*reference, bot.ids.sep][:room]))
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    log_prob_sum = sum(
-        sum(score_continuations(bot.engine, pairs[start : start + BATCH_SIZE], bot.ids.pad))
-        for start in range(0, len(pairs), BATCH_SIZE)
-    )
+    log_prob_sum = sum(score_continuations(bot.engine, pairs, bot.ids.pad))
     num_tokens = sum(len(continuation) for _, continuation in pairs)
     return math.exp(-log_prob_sum / num_tokens)
-
-
-def _encode(bot: Chatbot, dialogues: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:
-    """成批编码，逐段给出各句的 token id。"""
-    encoded = iter(encode_utterances(bot.tokenizer, [u for d in dialogues for u in d]))
-    for dialogue in dialogues:
-        yield list(itertools.islice(encoded, len(dialogue)))

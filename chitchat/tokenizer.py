@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,6 +196,15 @@ def encode_utterances(tokenizer: Tokenizer, utterances: Sequence[str]) -> list[l
     """成批编码；每条文字得到一个 id 列表，不加 [CLS] 与 [SEP]，空文字得到空列表。"""
     encodings = tokenizer.encode_batch_fast(list(utterances), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+def encode_dialogues(
+    tokenizer: Tokenizer, dialogues: Sequence[Sequence[str]]
+) -> Iterator[list[list[int]]]:
+    """成批编码，逐段给出各句的 id 列表；同 encode_utterances。"""
+    encoded = iter(encode_utterances(tokenizer, [u for d in dialogues for u in d]))
+    for dialogue in dialogues:
+        yield list(itertools.islice(encoded, len(dialogue)))
 
 
 def decode_response(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

@@ -1,31 +1,18 @@
-"""训练的观察与判断：按 token 平均、速度、验证、早停、TensorBoard、曲线图。"""
+"""训练的衡量与判断：按 token 平均、速度、验证、早停。"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
 
 from chitchat.dataset import Batch
-from chitchat.decoding import Chatbot
-from chitchat.engine import Engine
-from chitchat.knobs import SamplingOptions
 from chitchat.processes import Processes
-from chitchat.runtime import atomic_file
-from chitchat.tokenizer import decode_response
-
-logger = logging.getLogger(__name__)
-
-ESTIMATE_AFTER_SECONDS = 10
 
 
 @dataclass
@@ -81,39 +68,6 @@ class EarlyStopping:
         return 0 < self.patience <= self.num_bad_epochs
 
 
-class MetricWriter:
-    """把指标写进 TensorBoard；``log_dir`` 为 None 时什么也不做。"""
-
-    def __init__(self, log_dir: Path | None, first_step: int = 0) -> None:
-        """打开记录。
-
-        Args:
-            log_dir: TensorBoard 的文件夹，None 表示不写。
-            first_step: 断点续训的起点，此前一次运行写下的更晚的点不再显示。
-        """
-        self._writer = None
-        if log_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(log_dir), purge_step=first_step or None)
-
-    def write(self, step: int, **metrics: float) -> None:
-        """写一组数；名字里的第一个下划线换成斜线，``train_loss`` 记作 ``train/loss``。"""
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name.replace("_", "/", 1), value, step)
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        """写一段 Markdown 文字。"""
-        if self._writer is not None:
-            self._writer.add_text(name, text, step)
-
-    def close(self) -> None:
-        """把缓冲写完。"""
-        if self._writer is not None:
-            self._writer.close()
-
-
 class Meter:
     """一轮训练中的累计：全轮的平均，以及上次读取以来的平均和速度。
 
@@ -159,25 +113,6 @@ class Meter:
         return self.epoch, (self.epoch.num_tokens - self._num_resumed) / seconds
 
 
-class Estimate:
-    """训练开始十秒后，估计整个训练还要多久，写一行日志。"""
-
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        self._total_steps = total_steps
-        self._first_step = first_step
-        self._started = time.perf_counter()
-        self._is_done = False
-
-    def report(self, step: int) -> None:
-        """到时候就写，只写一次。"""
-        elapsed = time.perf_counter() - self._started
-        if not self._is_done and elapsed > ESTIMATE_AFTER_SECONDS:
-            self._is_done = True
-            rate = elapsed / (step - self._first_step)
-            minutes = rate * (self._total_steps - step) / 60
-            logger.info("estimated_minutes_left=%.1f seconds_per_step=%.3f", minutes, rate)
-
-
 @torch.no_grad()
 def evaluate(
     loss_module: nn.Module,
@@ -198,41 +133,3 @@ def evaluate(
     average = TokenAverage()
     average.add(processes.sum(sums))
     return average
-
-
-def save_loss_curve(path: Path, train_losses: Sequence[float], val_losses: Sequence[float]) -> bool:
-    """画出每轮的训练和验证 loss；没有安装 matplotlib 时不画，返回是否画了。"""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    epochs = range(1, len(train_losses) + 1)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(epochs, train_losses, marker="o", label="train/loss")
-    axes.plot(epochs, val_losses, marker="o", label="val/loss")
-    axes.set(xlabel="epoch", ylabel="loss (nat per token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def sample_replies(
-    model: GPT2LMHeadModel, tokenizer: Tokenizer, openings: Sequence[Sequence[int]]
-) -> str:
-    """用现在的模型回答几句开场白，写成 Markdown；不动用全局随机数。"""
-    engine = Engine(model.config.to_dict(), model.state_dict(), device=model.device)
-    bot = Chatbot(engine, tokenizer, seed=0)
-    room = model.config.n_positions // 2
-    options = SamplingOptions(max_len=max(1, min(SamplingOptions.max_len, room)))
-    lines = []
-    for opening in openings:
-        reply, _ = bot.reply([opening], options)
-        lines += [decode_response(tokenizer, opening), f"→ {decode_response(tokenizer, reply)}"]
-    return "\n\n".join(f"- {line}" for line in lines)

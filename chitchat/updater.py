@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from chitchat.dataset import Batch, split_rows
+from chitchat.batching import split_rows
+from chitchat.dataset import Batch
 from chitchat.processes import Processes
 from chitchat.runtime import UserError
 

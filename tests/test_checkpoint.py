@@ -17,9 +17,8 @@ from transformers import (
     pipeline,
 )
 
+from chitchat.architecture import build_model, check_vocab_size
 from chitchat.checkpoint import (
-    build_model,
-    check_vocab_size,
     load_model,
     load_model_tokenizer,
     remove_old_checkpoints,

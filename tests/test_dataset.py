@@ -8,14 +8,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 
-from chitchat.dataset import (
-    DialogueDataset,
-    LengthBucketSampler,
-    Window,
-    collate,
-    split_indices,
-    split_rows,
-)
+from chitchat.batching import LengthBucketSampler, Window, split_rows
+from chitchat.dataset import DialogueDataset, collate, split_indices
 from chitchat.token_table import TokenTable
 
 

@@ -5,7 +5,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from chitchat.checkpoint import load_engine
-from chitchat.engine import Engine, Int8Linear, choose_precision
+from chitchat.engine import Engine, choose_precision
+from chitchat.layers import Int8Linear
 from chitchat.runtime import UserError
 
 

@@ -12,11 +12,12 @@ from conftest import ROOT, TINY_CONFIG, TINY_VOCAB
 
 import interact
 import train
-from chitchat.checkpoint import build_model, save_checkpoint
+from chitchat.architecture import build_model
+from chitchat.checkpoint import save_checkpoint
 from chitchat.decoding import ResponseStreamer
+from chitchat.reporting import sample_replies
 from chitchat.runtime import UserError, atomic_directory, run_cli
 from chitchat.tokenizer import load_tokenizer
-from chitchat.training import sample_replies
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import train
-from chitchat.checkpoint import build_model
+from chitchat.architecture import build_model
 from chitchat.runtime import UserError, configure_logging, run_cli
 from chitchat.state import STATE_NAME
 from chitchat.tokenizer import vocab_fingerprint

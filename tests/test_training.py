@@ -16,13 +16,15 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
 from chitchat import training
-from chitchat.dataset import IGNORE_INDEX, Batch, DialogueDataset, LengthBucketSampler, collate
+from chitchat.batching import LengthBucketSampler
+from chitchat.dataset import IGNORE_INDEX, Batch, DialogueDataset, collate
 from chitchat.loss import LossModule
 from chitchat.optim import build_optimizers, build_schedulers
 from chitchat.processes import Processes
+from chitchat.reporting import MetricWriter
 from chitchat.runtime import UserError
 from chitchat.token_table import TokenTable
-from chitchat.training import EarlyStopping, Meter, MetricWriter, TokenAverage, evaluate
+from chitchat.training import EarlyStopping, Meter, TokenAverage, evaluate
 from chitchat.updater import Updater
 
 CPU = torch.device("cpu")

@@ -18,13 +18,12 @@ from chitchat.decoding import Chatbot
 from chitchat.engine import Engine
 from chitchat.generation import score_continuations
 from chitchat.knobs import SamplingOptions
-from chitchat.tokenizer import decode_response, encode_utterances
+from chitchat.tokenizer import decode_response, encode_dialogues, encode_utterances
 
 PROMPTS = (
     *("你好", "你是谁", "在干嘛", "今天好累啊", "晚上吃什么好"),
     *("外面下雨了", "讲个笑话", "推荐个电影吧", "周末去哪玩", "晚安"),
 )
-BATCH_SIZE = 32
 LIMIT = 0.01
 
 
@@ -33,28 +32,17 @@ def read_rows(bot: Chatbot, path: Path, max_len: int, max_dialogues: int) -> lis
     dialogues = list(read_dialogues(path))
     if 0 < max_dialogues < len(dialogues):
         dialogues = random.Random(0).sample(dialogues, max_dialogues)
-    rows = []
-    for dialogue in dialogues:
-        token_ids = [
-            token
-            for utterance in encode_utterances(bot.tokenizer, dialogue)
-            for token in (*utterance, bot.ids.sep)
-        ]
-        rows.append(token_ids[: max_len - 1])
+    rows = [
+        [token for utterance in dialogue for token in (*utterance, bot.ids.sep)][: max_len - 1]
+        for dialogue in encode_dialogues(bot.tokenizer, dialogues)
+    ]
     return sorted(rows, key=len)
 
 
 def mean_loss(engine: Engine, rows: list[list[int]], bot: Chatbot) -> float:
     """每个 token 的平均 loss，nat。"""
-    log_prob_sum = sum(
-        total
-        for start in range(0, len(rows), BATCH_SIZE)
-        for total in score_continuations(
-            engine,
-            [([bot.ids.cls], row) for row in rows[start : start + BATCH_SIZE]],
-            bot.ids.pad,
-        )
-    )
+    pairs = [([bot.ids.cls], row) for row in rows]
+    log_prob_sum = sum(score_continuations(engine, pairs, bot.ids.pad))
     return -log_prob_sum / sum(map(len, rows))
 
 

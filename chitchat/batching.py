@@ -1,0 +1,105 @@
+"""怎样把对话分组：长度相近的放进一个窗口（一次参数更新），窗口里补齐太多的再拆成几次前向。
+
+形状记号: D 对话总数
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+MAX_PADDING = 0.05  # 一次前向里补齐超过这个比例，就拆成两次
+MIN_ROWS = 16  # 但每次不少于这么多段对话，太小的前向反而慢
+
+
+class Window(NamedTuple):
+    """一次参数更新所用的对话；多进程时只含本进程的一份。"""
+
+    indices: list[int]
+    num_targets: int  # 整个窗口（所有进程合计）要预测的 token 数，loss 以它为分母
+
+
+class LengthBucketSampler(Sampler[Window]):
+    """把长度相近的对话放进同一个窗口，几乎没有补齐；每轮每段对话恰好出现一次。
+
+    每轮先随机打乱再按长度稳定排序，切成窗口后打乱窗口的次序。轮次由 ``epoch`` 决定，
+    同一个 (seed, epoch) 总给出同样的次序，断点续训因此能从任意窗口接着走。
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        window_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """建立采样器。
+
+        Args:
+            lengths: 每段对话截断后的 token 数，形状 (D,)。
+            window_size: 每个窗口的对话数，所有进程合计。
+            seed: 随机种子，所有进程相同。
+            shuffle: False 时按长度固定排列，用于验证。
+            rank: 本进程的编号。
+            world_size: 进程数。
+        """
+        self.lengths = lengths
+        self.window_size = window_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0  # 从本轮的第几个窗口开始，断点续训用
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.window_size)
+
+    def __iter__(self) -> Iterator[Window]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = np.arange(len(self.lengths))
+        if self.shuffle:
+            generator.shuffle(order)
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        starts = np.arange(len(self)) * self.window_size
+        if self.shuffle:
+            generator.shuffle(starts)
+        for start in starts[self.start :]:
+            window = order[start : start + self.window_size]
+            num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
+            yield Window(window[self.rank :: self.world_size].tolist(), num_targets)
+
+
+def split_rows(
+    lengths: Sequence[int], *, max_rows: int, max_padding: float
+) -> list[tuple[int, int]]:
+    """把一个窗口分成几次前向：先按 max_rows 切，补齐仍太多的再对半切，每份按自己的最长补齐。
+
+    对话按长度排好，只有最长的几个窗口里长短悬殊，所以几乎不增加前向的次数。
+
+    Args:
+        lengths: 每段对话的 token 数，可为 0（多进程时的占位）。
+        max_rows: 一次前向最多的对话数。
+        max_padding: 补齐占的比例超过它才对半切，0 到 1；切出来的不少于 MIN_ROWS 段。
+
+    Returns:
+        各次前向的首尾 ``(start, stop)``，依次盖住所有对话。
+    """
+    parts = []
+    waiting = [(i, min(i + max_rows, len(lengths))) for i in range(0, len(lengths), max_rows)]
+    while waiting:
+        start, stop = waiting.pop(0)
+        width = max(lengths[start:stop])
+        num_padding = width * (stop - start) - sum(lengths[start:stop])
+        middle = (start + stop) // 2
+        if middle - start >= MIN_ROWS and num_padding > max_padding * width * (stop - start):
+            waiting[:0] = [(start, middle), (middle, stop)]
+        else:
+            parts.append((start, stop))
+    return parts
