@@ -315,6 +315,33 @@ def measure_batches(model: GPT2LMHeadModel, num_dialogues: int) -> None:
         print(f"每批 {size:2d} 段：每句 {1000 * each:.0f} ms，快 {seconds[1] / each:.1f} 倍")
 
 
+def measure_candidates(rounds: int, model: GPT2LMHeadModel) -> None:
+    """五个候选由反向模型挑选，比直接回复慢几倍；上下文 40 个 token，回复至多 25 个。"""
+    from chitchat.decoding import Chatbot
+    from chitchat.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(ROOT / "vocab" / "vocab.txt")
+    forward, backward = (
+        Engine(model.config.to_dict(), model.state_dict(), precision="int8") for _ in range(2)
+    )
+    bots = [
+        Chatbot(forward, tokenizer, seed=0),
+        Chatbot(forward, tokenizer, backward_engine=backward, num_candidates=5, seed=0),
+    ]
+    utterance_len = (CONTEXT_LEN - 1) // 3 - 1
+    history = torch.randint(104, model.config.vocab_size, (3, utterance_len)).tolist()
+    options = SamplingOptions(max_len=REPLY_LEN)
+    times: list[list[float]] = [[], []]
+    for round_number in range(-2, rounds):
+        for bot, seconds in zip(bots, times, strict=True):
+            start = time.perf_counter()
+            bot.reply(history, options)
+            if round_number >= 0:
+                seconds.append(time.perf_counter() - start)
+    plain, ranked = (1000 * percentile(seconds, 0.5) for seconds in times)
+    print(f"直接回复 {plain:.0f} ms；5 个候选加反向模型 {ranked:.0f} ms，{ranked / plain:.2f} 倍")
+
+
 def measure_startup(model: GPT2LMHeadModel) -> None:
     """从敲下命令到出现问候语；旁边是参考实现的 import。"""
     from chitchat.checkpoint import save_checkpoint
@@ -364,6 +391,7 @@ def main() -> None:
     model = build_model()
     measure_limit(model)
     measure_batches(model, args.dialogues)
+    measure_candidates(args.rounds, model)
     measure_startup(model)
 
 

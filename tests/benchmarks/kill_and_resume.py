@@ -109,6 +109,16 @@ def kill_repeatedly(killer, start, directory, num_kills):
         waiting.append(row)
 
 
+def print_rows(rows, run, num_earlier):
+    """一个 run 的各次，每次一行；num_earlier 是此前的 run 里杀了几次。"""
+    for number, row in enumerate(rows, num_earlier + 1):
+        step = "-" if row["step"] is None else row["step"]
+        print(
+            f"{run:3} {number:4}  {row['moment']:18} {row['seconds']:8.2f}"
+            f" {step:>8} {row['resumed_from']:13}  {row['left'] or '-'}"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train_path", type=Path, default=Path("data/train.pkl"))
@@ -148,14 +158,9 @@ def main():
             rows = kill_repeatedly(
                 killer, lambda name=directory.name: start(name, "--resume"), directory, share
             )
-            for row in rows:
-                num_kills += 1
-                num_inside += bool(row["left"])
-                step = "-" if row["step"] is None else row["step"]
-                print(
-                    f"{run + 1:3} {num_kills:4}  {row['moment']:18} {row['seconds']:8.2f}"
-                    f" {step:>8} {row['resumed_from']:13}  {row['left'] or '-'}"
-                )
+            print_rows(rows, run + 1, num_kills)
+            num_kills += len(rows)
+            num_inside += sum(bool(row["left"]) for row in rows)
             is_same = digest(directory) == expected
             is_equal &= is_same
             print(f"run {run + 1}: weights of {', '.join(expected)} identical: {is_same}")

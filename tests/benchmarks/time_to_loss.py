@@ -1,64 +1,68 @@
 """同样的语料、模型和秒数，三种训练方法各能把验证 loss 降到多少。
 
 用法: python tests/benchmarks/time_to_loss.py --train_path data/train.pkl --seconds 180
-学习率曲线按预先测出的速度铺满给定的时间；参考实现用它自己的学习率和预热。
+学习率曲线按时间铺满给定的秒数；参考实现用它自己的学习率和预热。
 """
 
 import argparse
-import json
 import pickle
 import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 
-from chitchat.dataset import build_loaders  # noqa: E402
 from chitchat.loss import LossModule  # noqa: E402
-from chitchat.optim import build_optimizers, build_schedulers  # noqa: E402
+from chitchat.optim import learning_rate_factor  # noqa: E402
 from chitchat.processes import Processes  # noqa: E402
 from chitchat.runtime import quiet_transformers  # noqa: E402
 from chitchat.token_table import load_token_table  # noqa: E402
 from chitchat.training import evaluate  # noqa: E402
-from chitchat.updater import Updater, choose_precision  # noqa: E402
 
-SPEED_PROBE_SECONDS = 8
+BATCH_SIZE = 16  # 一次更新的对话数，4 × 4
 
 
-def make_updater(args, optimizer, lr, total_steps, device):
-    torch.manual_seed(0)
-    config = json.loads(args.model_config.read_text(encoding="utf-8"))
-    config |= {"n_layer": args.n_layer, "n_embd": args.n_embd, "n_head": args.n_head}
-    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
-    optimizers = build_optimizers(model, optimizer, lr=lr, eps=1e-9)
-    return model.train(), Updater(
-        LossModule(model),
-        optimizers,
-        build_schedulers(
-            optimizers, "linear", warmup_steps=total_steps // 10, total_steps=total_steps
-        ),
-        max_grad_norm=2.0,
-        precision=choose_precision("auto", device),
-        processes=Processes(),
-        device=device,
+def train_reference(model, loaders, args, device):
+    """参考实现的做法；返回 token/s 和更新次数。"""
+    with args.train_path.open("rb") as file:
+        dialogues = pickle.load(file)
+    held_out = set(loaders[1].dataset.indices.tolist())
+    dialogues = [row for i, row in enumerate(dialogues) if i not in held_out]
+    num_tokens, _, elapsed = reference_loop.train(
+        model, dialogues, seconds=args.seconds, device=device
     )
+    tokens_per_step = BATCH_SIZE * (loaders[0].dataset.lengths.mean() - 1)
+    return num_tokens / elapsed, round(num_tokens / tokens_per_step)
 
 
-def run_steps(updater, loader, *, seconds=None, steps=None):
-    """训练到时间或步数用完，返回步数。"""
-    done, started = 0, time.perf_counter()
+def train_ours(model, loader, args, device, *, optimizer, lr):
+    """学习率曲线按时间铺满给定的秒数；返回 token/s 和更新次数。"""
+    started = time.perf_counter()
+
+    def share():
+        return (time.perf_counter() - started) / args.seconds
+
+    def lr_factor(_step):
+        return learning_rate_factor(
+            int(1000 * share()), schedule="linear", warmup_steps=100, total_steps=1000
+        )
+
+    updater = our_loop.build_updater(model, device, optimizer=optimizer, lr=lr, lr_factor=lr_factor)
+    num_tokens = num_steps = 0
+    loader.sampler.epoch = 0
     while True:
         for batch in loader:
             updater.step(batch)
-            done += 1
-            if done == steps or (seconds and time.perf_counter() - started > seconds):
-                return done
+            num_tokens += batch.num_targets
+            num_steps += 1
+            if share() >= 1:
+                return num_tokens / (share() * args.seconds), num_steps
         loader.sampler.epoch += 1
 
 
@@ -70,52 +74,23 @@ def main():
     parser.add_argument("--n_embd", type=int, default=256)
     parser.add_argument("--n_head", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=180)
-    parser.add_argument("--recipes", default="reference,adamw:1e-3,muon:1e-3")
+    parser.add_argument("--recipes", default="reference,adamw:1e-3,adamw:2e-3,muon:2e-3,muon:4e-3")
     args = parser.parse_args()
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = load_token_table(args.train_path, 13317)
-    loaders = build_loaders(
-        table,
-        val_num=200,
-        max_len=150,
-        train_window=16,
-        val_window=64,
-        pad_id=0,
-        ignore_index=-100,
-        width_multiple=1,
-        num_workers=0,
-        seed=0,
-        processes=Processes(),
-    )
+    loaders = our_loop.load_batches(table, train_window=BATCH_SIZE, val_window=64, val_num=200)
+    size = {name: getattr(args, name) for name in ("n_layer", "n_embd", "n_head")}
     print(f"{'recipe':14} updates  tokens/s  val_loss   ({args.seconds:g} s each)")
     for recipe in args.recipes.split(","):
         name, _, lr = recipe.partition(":")
-        started = time.perf_counter()
+        model = our_loop.build_model(args.model_config, device, **size)
         if name == "reference":
-            model, updater = make_updater(args, "adamw", 1e-3, 1, device)
-            with args.train_path.open("rb") as file:
-                dialogues = pickle.load(file)
-            held_out = set(loaders[1].dataset.indices.tolist())
-            dialogues = [row for i, row in enumerate(dialogues) if i not in held_out]
-            num_tokens, _, elapsed = reference_loop.train(
-                model, dialogues, seconds=args.seconds, device=device
-            )
-            steps, speed = "", num_tokens / elapsed
+            speed, steps = train_reference(model, loaders, args, device)
         else:
-            loader = loaders[0]
-            _, probe = make_updater(args, name, float(lr), 10**6, device)
-            rate = run_steps(probe, loader, seconds=SPEED_PROBE_SECONDS) / SPEED_PROBE_SECONDS
-            steps = int(rate * args.seconds)
-            loader.sampler.epoch = 0
-            model, updater = make_updater(args, name, float(lr), steps, device)
-            started = time.perf_counter()
-            run_steps(updater, loader, steps=steps)
-            elapsed = time.perf_counter() - started
-            mean = loader.dataset.lengths.mean() - 1
-            speed = steps * loader.sampler.window_size * mean / elapsed
+            speed, steps = train_ours(model, loaders[0], args, device, optimizer=name, lr=float(lr))
         average = evaluate(LossModule(model), loaders[1], processes=Processes(), device=device)
-        print(f"{recipe:14} {steps!s:>7} {speed:9.0f} {average.loss:9.3f}   ({elapsed:.0f} s)")
+        print(f"{recipe:14} {steps:7} {speed:9.0f} {average.loss:9.3f}", flush=True)
 
 
 if __name__ == "__main__":

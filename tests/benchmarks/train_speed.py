@@ -15,37 +15,16 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 
-from chitchat.dataset import MAX_PADDING, build_loaders, split_rows  # noqa: E402
-from chitchat.loss import LossModule  # noqa: E402
-from chitchat.optim import build_optimizers, build_schedulers  # noqa: E402
-from chitchat.processes import Processes  # noqa: E402
+from chitchat.batching import MAX_PADDING  # noqa: E402
 from chitchat.runtime import quiet_transformers  # noqa: E402
 from chitchat.token_table import load_token_table  # noqa: E402
-from chitchat.updater import Updater, choose_precision  # noqa: E402
-
-
-def build_train_loader(table, *, batch_size, accumulation, val_num=1):
-    loader, _ = build_loaders(
-        table,
-        val_num=val_num,
-        max_len=150,
-        train_window=batch_size * accumulation,
-        val_window=batch_size,
-        pad_id=0,
-        ignore_index=-100,
-        width_multiple=1,
-        num_workers=0,
-        seed=0,
-        processes=Processes(),
-    )
-    return loader
 
 
 def measure_padding(train_path, vocab_size, batch_sizes):
@@ -53,49 +32,33 @@ def measure_padding(train_path, vocab_size, batch_sizes):
     table = load_token_table(train_path, vocab_size)
     print(f"{'padding over one epoch':30} windows  one forward each  forwards  split as trained")
     for batch_size, accumulation in batch_sizes:
-        loader = build_train_loader(
-            table, batch_size=batch_size, accumulation=accumulation, val_num=8000
-        )
+        window = batch_size * accumulation
+        loader, _ = our_loop.load_batches(table, train_window=window, val_window=1, val_num=8000)
         shares = []
         for max_padding in (1.0, MAX_PADDING):
-            num_forwards = num_tokens = num_cells = 0
-            for batch in loader:
-                lengths = (batch.labels != -100).sum(dim=1).tolist()
-                num_tokens += sum(lengths)
-                for i, j in split_rows(lengths, max_rows=len(lengths), max_padding=max_padding):
-                    num_forwards += 1
-                    num_cells += max(lengths[i:j]) * (j - i)
-            shares.append(1 - num_tokens / num_cells)
-        name = f"batch {batch_size} x {accumulation} (window {batch_size * accumulation})"
+            counts = [our_loop.count_cells(batch, max_padding) for batch in loader]
+            num_forwards, num_cells = map(sum, zip(*counts, strict=True))
+            shares.append(1 - loader.dataset.lengths.sum() / num_cells)
+        name = f"batch {batch_size} x {accumulation} (window {window})"
         print(f"{name:30} {len(loader):7} {shares[0]:17.2%} {num_forwards:9} {shares[1]:17.2%}")
 
 
-def train_ours(model, table, args, *, batch_size, accumulation, device):
-    loader = build_train_loader(table, batch_size=batch_size, accumulation=accumulation)
-    optimizers = build_optimizers(model, args.optimizer, lr=1e-3, eps=1e-9)
-    updater = Updater(
-        LossModule(model),
-        optimizers,
-        build_schedulers(optimizers, "linear", warmup_steps=100, total_steps=10**6),
-        max_grad_norm=2.0,
-        precision=choose_precision(args.precision, device),
-        processes=Processes(),
-        device=device,
-        max_padding=MAX_PADDING,
+def train_ours(model, table, args, *, window, device):
+    loader, _ = our_loop.load_batches(table, train_window=window, val_window=1, val_num=1)
+    updater = our_loop.build_updater(
+        model, device, optimizer=args.optimizer, lr=1e-3, precision=args.precision
     )
-    model.train()
-    num_tokens = num_padding = 0
+    num_tokens = num_cells = num_dialogues = 0
     started = time.perf_counter()
     while True:
         for batch in loader:
             updater.step(batch)
             num_tokens += batch.num_targets
-            lengths = (batch.labels != -100).sum(dim=1).tolist()
-            for i, j in split_rows(lengths, max_rows=len(lengths), max_padding=MAX_PADDING):
-                num_padding += max(lengths[i:j]) * (j - i) - sum(lengths[i:j])
+            num_dialogues += len(batch.input_ids)
+            num_cells += our_loop.count_cells(batch)[1]
             elapsed = time.perf_counter() - started
             if elapsed >= args.seconds:
-                return num_tokens, num_padding, elapsed
+                return num_tokens, num_cells - num_tokens - num_dialogues, elapsed
         loader.sampler.epoch += 1
 
 
@@ -119,9 +82,7 @@ def run_variant(args):
         rates = {str(d)[6:]: matrix_rate(device, d) for d in (torch.float32, torch.bfloat16)}
         print(json.dumps(rates))
         return
-    torch.manual_seed(0)
-    config = json.loads(args.model_config.read_text(encoding="utf-8"))
-    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
+    model = our_loop.build_model(args.model_config, device)
     if args.variant.startswith("reference"):
         with args.train_path.open("rb") as file:
             dialogues = pickle.load(file)
@@ -131,9 +92,9 @@ def run_variant(args):
         )
     else:
         table = load_token_table(args.train_path, model.config.vocab_size)
-        batch_size, accumulation = (4, 4) if args.variant == "defaults" else (args.batch_size, 1)
+        window = 4 * 4 if args.variant == "defaults" else args.batch_size
         num_tokens, num_padding, seconds = train_ours(
-            model, table, args, batch_size=batch_size, accumulation=accumulation, device=device
+            model, table, args, window=window, device=device
         )
     positions = model.transformer.wpe.weight.numel()
     result = {

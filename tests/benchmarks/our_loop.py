@@ -1,0 +1,59 @@
+"""本项目的训练循环，去掉日志、存档和续训，供各个测速脚本使用。"""
+
+import json
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from chitchat.batching import MAX_PADDING, split_rows
+from chitchat.dataset import IGNORE_INDEX, build_loaders
+from chitchat.loss import LossModule
+from chitchat.optim import build_optimizers
+from chitchat.processes import Processes
+from chitchat.updater import Updater, choose_precision
+
+
+def build_model(config_path, device, **fields):
+    """随机初始化的模型，每次相同；fields 改换结构。"""
+    torch.manual_seed(0)
+    config = json.loads(config_path.read_text(encoding="utf-8")) | fields
+    return GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
+
+
+def load_batches(table, *, train_window, val_window, val_num):
+    """训练集和验证集的 DataLoader。"""
+    return build_loaders(
+        table,
+        val_num=val_num,
+        train_window=train_window,
+        val_window=val_window,
+        num_workers=0,
+        seed=0,
+        processes=Processes(),
+        max_len=150,
+        pad_id=0,
+        ignore_index=IGNORE_INDEX,
+    )
+
+
+def build_updater(model, device, *, optimizer, lr, lr_factor=lambda step: 1.0, precision="auto"):
+    """与 train.py 的默认值相同的一次参数更新；lr_factor 由更新次数给出学习率相对峰值的倍数。"""
+    optimizers = build_optimizers(model.train(), optimizer, lr=lr, eps=1e-9)
+    return Updater(
+        LossModule(model),
+        optimizers,
+        [LambdaLR(optimizer, lr_factor) for optimizer in optimizers],
+        max_grad_norm=2.0,
+        precision=choose_precision(precision, device),
+        processes=Processes(),
+        device=device,
+        max_padding=MAX_PADDING,
+    )
+
+
+def count_cells(batch, max_padding=MAX_PADDING):
+    """一个窗口分成几次前向，连补齐在内共多少个位置。"""
+    lengths = (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()
+    parts = split_rows(lengths, max_rows=len(lengths), max_padding=max_padding)
+    return len(parts), sum(max(lengths[i:j]) * (j - i) for i, j in parts)
