@@ -28,6 +28,7 @@ from chitchat.runtime import (
     run_cli,
     select_devices,
 )
+from chitchat.tokenizer import vocab_fingerprint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("chitchat.interact")
 
 GREETING = "开始和 chatbot 聊天，按 Ctrl+D、Ctrl+C 或 Ctrl+Z 结束，输入 /help 查看命令"
+
+# 除了采样的旋钮，还有哪些选项影响回复
+SETTINGS = ("model_path", "vocab_path", "mmi_model_path", "num_candidates", "precision")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,7 +101,7 @@ def suspend_key_ends_chat() -> Iterator[None]:
 def read_lines(*, is_terminal: bool) -> Iterator[str]:
     """逐行给出用户的话；终端里带提示符和行编辑，否则一行标准输入是一句。"""
     if not is_terminal:
-        yield from sys.stdin
+        yield from sys.stdin or ()  # 标准输入可能已关闭
         return
     # 导入 readline 就给 input() 加上行编辑和历史；Windows 没有它，控制台自带这些功能。
     with contextlib.suppress(ImportError):
@@ -119,6 +123,11 @@ def chat(repl: Repl, *, is_terminal: bool) -> None:
                 print()
 
 
+def model_paths(args: argparse.Namespace) -> list[str]:
+    """要读的模型：对话的，有反向模型时再加上它。"""
+    return [args.model_path, *([] if args.mmi_model_path is None else [args.mmi_model_path])]
+
+
 def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chatbot]:
     """在后台读模型；读的时候用户已经可以打字。"""
 
@@ -132,16 +141,15 @@ def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chat
         precision = choose_precision(args.precision, device)
         if args.input_path is None:
             torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
-        engine, backward = (
-            load_engine(path, precision=precision, device=device) if path else None
-            for path in (args.model_path, args.mmi_model_path)
-        )
-        check_vocab_size(engine.vocab_size, tokenizer, args.model_path)
+        engines = []
+        for path in model_paths(args):
+            engines.append(load_engine(path, precision=precision, device=device))
+            check_vocab_size(engines[-1].vocab_size, tokenizer, path)
         logger.info("model=%s device=%s precision=%s", args.model_path, device, precision)
         return Chatbot(
-            engine,
+            engines[0],
             tokenizer,
-            backward_engine=backward,
+            backward_engine=engines[1] if args.mmi_model_path is not None else None,
             num_candidates=args.num_candidates,
             seed=args.seed,
         )
@@ -160,6 +168,27 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--report 要与 --input_path、--output_path 同用")
     if args.mmi_model_path is not None and args.num_candidates == 1:
         raise UserError("--mmi_model_path 用来挑选候选：请同时给出 --num_candidates，例如 5")
+    if args.debug and args.num_candidates == 1:
+        raise UserError("--debug 列出各个候选：请同时给出 --num_candidates，例如 5")
+    if args.greedy and args.num_candidates > 1:
+        raise UserError("--greedy 的各个候选都相同：请去掉它，或去掉 --num_candidates")
+
+
+def check_models(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """不必读权重就能看出的毛病：位置不够，词表不同。"""
+    for path in model_paths(args):
+        config = read_config(path)
+        if "vocab_size" in config:
+            check_vocab_size(config["vocab_size"], tokenizer, path)
+        if isinstance(config.get("n_positions"), int):
+            check_max_len(args.max_len, config["n_positions"])
+    if args.mmi_model_path is not None and (Path(args.mmi_model_path) / "vocab.txt").is_file():
+        backward = load_model_tokenizer(args.mmi_model_path, None)
+        if vocab_fingerprint(backward) != vocab_fingerprint(tokenizer):
+            raise UserError(
+                f"--mmi_model_path {args.mmi_model_path} 的词表与 {args.model_path} 的不同："
+                "两个模型要用同一份词表训练"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,12 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         greedy=args.greedy, **{k.field: getattr(args, k.field) for k in KNOBS.values()}
     )
     tokenizer = load_model_tokenizer(args.model_path, args.vocab_path)
-    for path in filter(None, (args.model_path, args.mmi_model_path)):
-        config = read_config(path)
-        if "vocab_size" in config:
-            check_vocab_size(config["vocab_size"], tokenizer, path)
-        if isinstance(config.get("n_positions"), int):
-            check_max_len(args.max_len, config["n_positions"])
+    check_models(args, tokenizer)
     logger.info("options=%s", options)
     loading = start_loading(args, tokenizer)
     if args.input_path is not None:
@@ -190,11 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options,
                 seed=args.seed,
                 with_report=args.report,
+                settings={name: getattr(args, name) for name in SETTINGS},
             ),
             end="",
         )
         return 0
-    is_terminal = sys.stdin.isatty()
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
     repl = Repl(
         tokenizer,
         loading,

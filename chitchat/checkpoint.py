@@ -83,8 +83,9 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
         )
     except (*UNREADABLE, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        where = "" if directory.is_dir() else f"没有文件夹 {name_or_dir}，当作 hub 上的名字也不行："
         raise UserError(
-            f"无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"
+            f"{where}无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"
             "文件夹应含 config.json 和 model.safetensors"
         ) from error
     missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})
@@ -107,6 +108,7 @@ def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> En
     Raises:
         UserError: 与 load_model 相同。
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -118,6 +120,12 @@ def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> En
         weights = load_file(directory / "model.safetensors")
         if config["model_type"] == "gpt2":
             return Engine(config, weights, precision=precision, device=device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} 放不下模型 {name_or_dir}：请关掉别的程序，或加 --no_cuda 改用 CPU"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{name_or_dir}：{error}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
         pass
     from chitchat.runtime import quiet_transformers
@@ -175,6 +183,8 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
     )
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial)
+        for weights in partial.glob("*.safetensors"):  # safetensors 写的文件别的用户读不了
+            shutil.copymode(partial / "config.json", weights)
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")

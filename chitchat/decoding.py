@@ -131,7 +131,8 @@ class Chatbot:
 
     def check_options(self, options: SamplingOptions) -> None:
         """确认 max_len 不太大，否则抛出 UserError。"""
-        check_max_len(options.max_len, self.max_positions)
+        for engine in filter(None, (self.engine, self.backward_engine)):
+            check_max_len(options.max_len, engine.n_positions)
 
     def build_context(
         self, history: Sequence[Sequence[int]], options: SamplingOptions

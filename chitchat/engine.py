@@ -31,7 +31,7 @@ MAX_THREADS = 8
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """把 ``auto`` 变成具体的精度：CPU 上 int8，GPU 上 bf16。
+    """把 ``auto`` 变成具体的精度：CPU 上 int8；GPU 上 bf16，老 GPU 没有它，用 fp32。
 
     Raises:
         UserError: GPU 上要 int8，或这台机器的 torch 没有 int8 内核。
@@ -46,7 +46,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return precision
     if is_cpu:
         return "int8" if has_int8 else "fp32"
-    return "bf16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 class KeyValueCache:
@@ -100,6 +100,11 @@ class Engine:
         self._head = packer.head()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """隐藏状态和缓存的类型；加到注意力分数上的 mask 也要用它。"""
+        return self._token_embedding.dtype
+
+    @property
     def vocab_size(self) -> int:
         """词表大小 V。"""
         return self._token_embedding.size(0)
@@ -124,7 +129,7 @@ class Engine:
             input_ids: 形状 (B, T)；缓存非空时 T 必须是 1。
             cache: 会被填入 T 个位置。
             positions: 位置编号，形状 (B, T)；默认接着缓存往后数。
-            mask: 加到注意力分数上，形状 (B, 1, T, S+T)，看不见处是 -inf；默认是因果的。
+            mask: 加到注意力分数上，形状 (B, 1, T, S+T)，类型 dtype，看不见处是 -inf；默认是因果的。
 
         Returns:
             最后一层归一化之后的隐藏状态，形状 (B, T, C)。
@@ -199,7 +204,7 @@ class _Packer:
 
 
 def _check_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """确认 config.json 的数目与权重的形状一致。"""
+    """确认 config.json 的数目与权重的形状一致，权重都是有限数。"""
     prefix = "transformer." if "transformer.wte.weight" in weights else ""
     width = weights[f"{prefix}wte.weight"].size(1)
     layers = {key.removeprefix(prefix).split(".")[1] for key in weights if ".h." in f".{key}"}
@@ -216,3 +221,6 @@ def _check_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> N
     num_heads = config.get("n_head")
     if type(num_heads) is not int or num_heads < 1 or width % num_heads:
         raise UserError(f"config.json 的 n_head 应能整除 n_embd {width}，得到 {num_heads!r}")
+    for name, weight in weights.items():
+        if not torch.isfinite(weight.sum()):
+            raise UserError(f"权重 {name} 里有 NaN 或 Inf：训练时出了错，请换一个检查点")

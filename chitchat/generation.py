@@ -120,7 +120,8 @@ class Generator:
         padded = [[self.ids.pad] * (width - len(context)) + list(context) for context in contexts]
         columns = torch.arange(width + max_len, device=device)
         is_pad = columns < (width - lengths)[:, None]  # (B, T + max_len)
-        pad_mask = torch.zeros(is_pad.shape, device=device).masked_fill_(is_pad, -torch.inf)
+        pad_mask = torch.zeros(is_pad.shape, dtype=self.engine.dtype, device=device)
+        pad_mask.masked_fill_(is_pad, -torch.inf)
         order = columns[:width]
         # 补齐的位置也要看得见自己，否则注意力对空集归一，得到 NaN。
         mask = pad_mask[:, None, :width].repeat(1, width, 1)  # (B, T, T)
@@ -165,9 +166,10 @@ def _add_scores(
     logits: Tensor, chosen: Sequence[int], rows: Sequence[tuple[int, Response]]
 ) -> None:
     """把刚抽到的 token 的对数概率记到各行的回复上；logits 形状 (B, V)。"""
-    log_probs = logits.log_softmax(dim=-1)
+    token_ids = torch.tensor(chosen, device=logits.device)[:, None]
+    log_probs = logits.log_softmax(dim=-1).gather(1, token_ids)[:, 0].tolist()
     for i, response in rows:
-        response.log_prob_sum += float(log_probs[i, chosen[i]])
+        response.log_prob_sum += log_probs[i]
         response.num_scored += 1
 
 

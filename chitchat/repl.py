@@ -171,12 +171,15 @@ class Repl:
         if len(arguments) != 1 or not self.texts:
             self._tell("用法：/save 文件" if self.texts else "还没有可以保存的对话")
             return
-        path = Path(arguments[0])
+        path = Path(arguments[0]).expanduser()
+        if path.exists():
+            self._tell(f"没有写：{path} 已经存在，请换一个名字")
+            return
         try:
             with atomic_file(path) as partial:
                 partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
-        except OSError as error:
-            self._tell(f"没有写成 {path}：{error.strerror or error}")
+        except (OSError, ValueError) as error:
+            self._tell(f"没有写成 {path}：{getattr(error, 'strerror', None) or error}")
             return
         self._tell(f"已写进 {path}")
 
@@ -191,9 +194,10 @@ class Repl:
             return
         name, value = arguments
         knob = KNOBS[name]
+        bot = self.bot  # 模型读不出时照样报告，不当作旋钮写错
         try:
             changed = dataclasses.replace(self.options, **{knob.field: knob.parse(value)})
-            self.bot.check_options(changed)
+            bot.check_options(changed)
         except (argparse.ArgumentTypeError, UserError) as error:
             self._tell(f"{name} 没有改：{error}")
             return

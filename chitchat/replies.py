@@ -1,16 +1,22 @@
 """给整个文件里的每段对话接上一句回复：成批生成，中断后接着做。
 
-做到一半的结果在输出文件旁边的 ``.part`` 里，每批写一次；全部做完才换名成输出文件。
+做到一半的回复在输出文件旁边的 ``.part`` 里，每批写一次；全部做完才一次写出输出文件。
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import json
 import math
+import os
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -19,10 +25,8 @@ from chitchat.decoding import Chatbot
 from chitchat.generation import MAX_ROWS, score_continuations
 from chitchat.knobs import SamplingOptions
 from chitchat.metrics import build_report, require_sacrebleu
-from chitchat.runtime import UserError
+from chitchat.runtime import UserError, atomic_file
 from chitchat.tokenizer import decode_response, encode_dialogues, encode_utterances
-
-DIALOGUES_PER_CHUNK = 32 * MAX_ROWS  # 在这么多段里按长度排序，写一次结果
 
 
 def answer_file(
@@ -33,6 +37,7 @@ def answer_file(
     *,
     seed: int | None,
     with_report: bool,
+    settings: Mapping[str, object],
 ) -> str:
     """给每段对话接上回复，写进 output_path，布局与语料相同。
 
@@ -41,106 +46,174 @@ def answer_file(
     Args:
         loading: 正在读入的模型；输入有误时不必等它。
         input_path: 对话，一行一句，空行分隔。
-        output_path: 结果。
+        output_path: 结果，不能已经存在。
         options: 采样的旋钮。
-        seed: 随机种子，None 表示每次不同。
+        seed: 随机种子，None 表示每次不同，接着做时仍用上次的。
         with_report: True 时每段的最后一句当参考答案，不作为上文；只有一句的对话略去。
+        settings: 影响回复的其他选项（模型、精度等），接着做时不能变。
 
     Returns:
         评价表；with_report 为 False 时是空的。
 
     Raises:
-        UserError: 输入有误，或 .part 不是由这份输入做出来的。
+        UserError: 输入有误，output_path 已经存在，或 .part 不是同样的输入和选项做出来的。
     """
+    _check_output(input_path, output_path)
     if with_report:
         require_sacrebleu()
     dialogues = _read_input(input_path, min_utterances=2 if with_report else 1)
     contexts = [dialogue[:-1] if with_report else dialogue for dialogue in dialogues]
-    partial = output_path.with_name(output_path.name + ".part")
-    num_done = _count_done(partial, contexts)
+    text = json.dumps(contexts).encode()
+    identity = {
+        "input_path": hashlib.sha256(text).hexdigest(),
+        "report": with_report,
+        **dataclasses.asdict(options),
+        **settings,
+    }
+    partial = PartialReplies(output_path.with_name(output_path.name + ".part"), identity, seed)
     bot = loading.result()
     bot.check_options(options)
-    seed = secrets.randbits(32) if seed is None else seed
-    output_path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        partial.open("a", encoding="utf-8", newline="\n") as file,
-        tqdm(total=len(contexts), initial=num_done, unit="reply", disable=None) as bar,
+        contextlib.closing(partial),
+        tqdm(total=len(contexts), initial=len(partial.replies), unit="reply", disable=None) as bar,
     ):
-        for start in range(num_done, len(contexts), DIALOGUES_PER_CHUNK):
-            chunk = contexts[start : start + DIALOGUES_PER_CHUNK]
-            rngs = [random.Random(f"{seed}/{start + i}") for i in range(len(chunk))]
-            replies = answer_batch(bot, chunk, options, rngs, bar)
-            for context, reply in zip(chunk, replies, strict=True):
-                file.write("\n".join([*context, reply]) + "\n\n")
-            file.flush()
-    partial.replace(output_path)
+        for batch in answer_batches(bot, contexts, options, partial.seed, done=partial.replies):
+            partial.add(batch)
+            bar.update(len(batch))
+    replies = [partial.replies[i] for i in range(len(contexts))]
+    with atomic_file(output_path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for context, reply in zip(contexts, replies, strict=True):
+            file.write("\n".join([*context, reply]) + "\n\n")
+    partial.path.unlink()
     if not with_report:
         return ""
     references = [dialogue[-1] for dialogue in dialogues]
-    replies = [dialogue[-1] for dialogue in read_dialogues(output_path)]
     return build_report(replies, references, reference_ppl(bot, contexts, references, options))
+
+
+def _check_output(input_path: Path, output_path: Path) -> None:
+    """在等模型之前就看出输出文件不能写；已有的文件从不覆盖。"""
+    if not input_path.exists():
+        raise UserError(
+            f"找不到 --input_path {input_path}：请写入一行一句、空行分隔的对话，或改正路径"
+        )
+    if output_path.is_dir() or not output_path.name:
+        raise UserError(f"--output_path {output_path} 是文件夹：请写明文件名")
+    if output_path.exists():
+        raise UserError(f"--output_path {output_path} 已经存在：请换一个名字，或先移走它")
 
 
 def _read_input(path: Path, min_utterances: int) -> list[list[str]]:
     """至少 min_utterances 句的对话；一段也没有时报错。"""
-    dialogues = [d for d in read_dialogues(path) if len(d) >= min_utterances]
+    try:
+        dialogues = [d for d in read_dialogues(path) if len(d) >= min_utterances]
+    except UserError as error:
+        raise UserError(
+            f"读不懂 --input_path：{error}（这里只能自动认格式和编码，"
+            "认错时请另存为 UTF-8、一行一句、空行分隔的文本）"
+        ) from error
     if not dialogues:
         need = "至少两句的对话" if min_utterances > 1 else "对话"
         raise UserError(f"{path} 里没有{need}：请写入一行一句、空行分隔的对话")
     return dialogues
 
 
-def _count_done(partial: Path, contexts: Sequence[Sequence[str]]) -> int:
-    """.part 里已有几段；末尾没写完的一段被截去。"""
-    if not partial.exists():
-        return 0
-    written = partial.read_bytes()
-    complete = written[: written.rfind(b"\n\n") + 2] if b"\n\n" in written else b""
-    partial.write_bytes(complete)
-    if not complete:
-        return 0
-    done = list(read_dialogues(partial))
-    if [dialogue[:-1] for dialogue in done] != [list(c) for c in contexts[: len(done)]]:
-        raise UserError(
-            f"{partial} 是另一份输入做到一半的结果：要接着做，请用原来的 --input_path；"
-            "要重新做，请先删去它"
-        )
-    return len(done)
+class PartialReplies:
+    """做到一半的回复：第一行是由什么做出来的，以后每行一批，都是 JSON。
+
+    Attributes:
+        path: 文件；有了第一批回复才出现。
+        seed: 随机种子；没有指定时与上次的相同。
+        replies: 已有的回复，对话的序号 → 文字。
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, object], seed: int | None) -> None:
+        """读出已有的回复；末尾没写完的一批不算。
+
+        Raises:
+            UserError: 文件不是这个程序写的，或由别的输入、选项做出来；文件不变。
+        """
+        self.path = path
+        self.replies: dict[int, str] = {}
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        header = _parse_header(path, lines[0]) if lines else {}
+        self.seed = header.get("seed", secrets.randbits(32)) if seed is None else seed
+        self._header = {**json.loads(json.dumps(identity, default=str)), "seed": self.seed}
+        for name, value in header.items():
+            if self._header.get(name) != value:
+                raise UserError(
+                    f"{path} 是做到一半的结果，但 {name} 与那时不同："
+                    "要接着做，请用原来的输入和选项；要重新做，请先删去它"
+                )
+        size = sum(map(len, lines[:1]))
+        for line in lines[1:]:
+            if not line.endswith(b"\n"):
+                os.truncate(path, size)
+                break
+            self.replies.update(json.loads(line))
+            size += len(line)
+        self._file: TextIO | None = None
+
+    def add(self, batch: Sequence[tuple[int, str]]) -> None:
+        """记下一批（序号, 回复），交给操作系统。"""
+        self.replies.update(batch)
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+            if self._file.tell() == 0:
+                self._file.write(json.dumps(self._header) + "\n")
+        self._file.write(json.dumps(batch, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """关闭文件。"""
+        if self._file is not None:
+            self._file.close()
 
 
-def answer_batch(
+def _parse_header(path: Path, line: bytes) -> dict:
+    with contextlib.suppress(ValueError):
+        header = json.loads(line)
+        if isinstance(header, dict) and "input_path" in header and line.endswith(b"\n"):
+            return header
+    raise UserError(f"{path} 不是本程序做到一半的结果：请移走它，或换一个 --output_path")
+
+
+def answer_batches(
     bot: Chatbot,
     dialogues: Sequence[Sequence[str]],
     options: SamplingOptions,
-    rngs: Sequence[random.Random],
-    bar: tqdm | None = None,
-) -> list[str]:
-    """成批回答，按上文的长度排序后分批，补齐因此很少；结果的次序与输入相同。
+    seed: int,
+    *,
+    done: Mapping[int, str],
+) -> Iterator[list[tuple[int, str]]]:
+    """成批回答，逐批给出（序号, 回复）；按上文的长度排序后分批，补齐因此很少。
 
     Args:
         bot: 模型。
         dialogues: 每段的各句，最后一句等待回答。
         options: 采样的旋钮。
-        rngs: 每段一个随机数源。
-        bar: 每答完一批就前进的进度条。
+        seed: 随机种子。
+        done: 已有回复的序号，不再回答。
     """
     histories = encode_dialogues(bot.tokenizer, dialogues)
     contexts = [bot.build_context(history, options)[0] for history in histories]
-    replies = [""] * len(contexts)
-    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+    order = [i for i in order if i not in done]
     for start in range(0, len(order), MAX_ROWS):
         rows = order[start : start + MAX_ROWS]
+        rngs = [random.Random(f"{seed}/{i}") for i in rows]
         if bot.num_candidates > 1:
-            responses = [bot.rank_candidates(contexts[i], options, rngs[i])[0] for i in rows]
+            responses = [
+                bot.rank_candidates(contexts[i], options, rng)[0]
+                for i, rng in zip(rows, rngs, strict=True)
+            ]
         else:
-            responses = bot.generator.generate(
-                [contexts[i] for i in rows], options, [rngs[i] for i in rows]
-            )
-        for i, response in zip(rows, responses, strict=True):
-            replies[i] = decode_response(bot.tokenizer, response.token_ids)
-        if bar is not None:
-            bar.update(len(rows))
-    return replies
+            responses = bot.generator.generate([contexts[i] for i in rows], options, rngs)
+        yield [
+            (i, decode_response(bot.tokenizer, response.token_ids))
+            for i, response in zip(rows, responses, strict=True)
+        ]
 
 
 def reference_ppl(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from chitchat.knobs import SamplingOptions
 
+FLOAT32_RANGE = (1e-30, 1e30)  # 更小或更大的除数在 float32 里会变成 0 或无穷，算出 NaN
+
 
 def apply_repetition_penalty(logits: Tensor, generated: Tensor, penalty: float) -> Tensor:
     """降低本轮已生成 token 再次出现的概率。
@@ -27,6 +29,7 @@ def apply_repetition_penalty(logits: Tensor, generated: Tensor, penalty: float) 
 
     来源: CTRL, arXiv:1909.05858 §4.1；与 transformers 的同名 processor 一致。
     """
+    penalty = _within_float32(penalty)
     scores = logits.gather(1, generated)
     return logits.scatter(1, generated, torch.where(scores < 0, scores * penalty, scores / penalty))
 
@@ -72,9 +75,9 @@ def candidate_probs(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, T
         scores, token_ids = logits.sort(descending=True)
     else:
         scores, token_ids = logits, torch.arange(vocab_size, device=logits.device).expand_as(logits)
-    # 先减去最大值：temperature 再小也不会溢出成 NaN。
+    # 先减去最大值：除以很小的 temperature 只会得到 0 或 -inf。
     scores = scores - scores.amax(dim=-1, keepdim=True)
-    probs = (scores / options.temperature).softmax(dim=-1)
+    probs = (scores / _within_float32(options.temperature)).softmax(dim=-1)
     if has_top_p:
         before = probs.cumsum(dim=-1) - probs
         is_kept = before < options.top_p
@@ -83,6 +86,10 @@ def candidate_probs(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, T
     if options.min_p > 0:
         probs = probs * (probs >= options.min_p * probs.amax(dim=-1, keepdim=True))
     return probs, token_ids
+
+
+def _within_float32(value: float) -> float:
+    return min(max(value, FLOAT32_RANGE[0]), FLOAT32_RANGE[1])
 
 
 def draw(probs: Tensor, token_ids: Tensor, uniforms: Sequence[float]) -> list[int]:

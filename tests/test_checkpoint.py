@@ -63,6 +63,10 @@ def test_folder_has_everything_and_nothing_half_written_beside_it(saved):
     assert [path.name for path in saved.parent.iterdir() if path.is_dir()] == ["epoch1"]
 
 
+def test_every_file_can_be_read_by_whoever_may_read_the_first(saved):
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
+
+
 def test_failed_save_leaves_the_old_folder_as_it_was(saved, make_model, tokenizer, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     monkeypatch.setattr(GenerationConfig, "save_pretrained", lambda *_, **__: 1 / 0)

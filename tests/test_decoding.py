@@ -1,5 +1,7 @@
 """生成、候选、流式显示和整个文件的回答。"""
 
+import itertools
+import json
 import math
 import random
 from concurrent.futures import Future
@@ -9,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from chitchat import replies
 from chitchat.corpus import read_dialogues
 from chitchat.dataset import reverse_dialogues
 from chitchat.decoding import MAX_ROWS, Chatbot, ResponseStreamer, build_context
@@ -91,9 +94,10 @@ def test_greedy_equals_the_generate_of_transformers(model, make_bot, tokenizer):
         assert generate(bot, [context], GREEDY) == [expected]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(max_len=12, repetition_penalty=1.5)])
-def test_a_reply_does_not_depend_on_its_batch(make_bot, options):
-    bot = make_bot()
+def test_a_reply_does_not_depend_on_its_batch(make_bot, options, precision):
+    bot = make_bot(precision)
     together = generate(bot, CONTEXTS, options)
     alone = [generate(bot, [context], options, seed=i)[0] for i, context in enumerate(CONTEXTS)]
     assert together == alone
@@ -198,7 +202,7 @@ def test_reversed_dialogues_keep_the_words_of_each_utterance():
 def answer(bot: Chatbot, source, target, **options: object) -> str:
     loading: Future[Chatbot] = Future()
     loading.set_result(bot)
-    options = {"seed": 5, "with_report": False, **options}
+    options = {"seed": 5, "with_report": False, "settings": {"model_path": "m"}, **options}
     return answer_file(loading, source, target, SamplingOptions(max_len=8), **options)
 
 
@@ -209,23 +213,103 @@ def dialogues_path(tmp_path):
     return path
 
 
-def test_a_file_gets_one_reply_per_dialogue_and_resumes(make_bot, dialogues_path, tmp_path):
-    whole, resumed = tmp_path / "whole.txt", tmp_path / "resumed.txt"
+def answer_and_stop(monkeypatch, num_batches: int, *args, **options) -> None:
+    """每批一段，做完几批就像被杀一样停下。"""
+    answer_batches = replies.answer_batches
+
+    def stop(*args, **kwargs):
+        yield from itertools.islice(answer_batches(*args, **kwargs), num_batches)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replies, "MAX_ROWS", 1)
+        patch.setattr(replies, "answer_batches", stop)
+        with pytest.raises(KeyboardInterrupt):
+            answer(*args, **options)
+
+
+def test_a_file_gets_one_reply_per_dialogue_and_resumes(
+    make_bot, dialogues_path, tmp_path, monkeypatch
+):
+    whole, resumed = tmp_path / "whole.txt", tmp_path / "new" / "resumed.txt"
     answer(make_bot(), dialogues_path, whole)
     sources, results = (list(read_dialogues(path)) for path in (dialogues_path, whole))
     assert [dialogue[:-1] for dialogue in results] == sources
-    text = whole.read_text(encoding="utf-8")
-    part = tmp_path / "resumed.txt.part"
-    part.write_text(text[: text.index("\n\n") + 4], encoding="utf-8")  # 第二段没写完
+    answer_and_stop(monkeypatch, 2, make_bot(), dialogues_path, resumed)
+    part = resumed.with_name("resumed.txt.part")
+    assert not resumed.exists()
+    done = part.read_bytes()
+    assert done.count(b"\n") == 3
+    part.write_bytes(done[:-3])  # 第二批没写完
     answer(make_bot(), dialogues_path, resumed)
-    assert resumed.read_text(encoding="utf-8") == text
+    assert resumed.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
     assert not part.exists()
 
 
-def test_a_part_of_another_input_is_not_continued(make_bot, dialogues_path, tmp_path):
-    (tmp_path / "out.txt.part").write_text("晚安\n你\n\n", encoding="utf-8")
-    with pytest.raises(UserError, match="另一份输入"):
-        answer(make_bot(), dialogues_path, tmp_path / "out.txt")
+def test_without_a_seed_the_rest_uses_the_seed_of_the_first_part(
+    make_bot, dialogues_path, tmp_path, monkeypatch
+):
+    target = tmp_path / "out.txt"
+    answer_and_stop(monkeypatch, 1, make_bot(), dialogues_path, target, seed=None)
+    seed = json.loads(target.with_name("out.txt.part").read_text().split("\n")[0])["seed"]
+    answer(make_bot(), dialogues_path, target, seed=None)
+    answer(make_bot(), dialogues_path, tmp_path / "again.txt", seed=seed)
+    assert target.read_text() == (tmp_path / "again.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"settings": {"model_path": "n"}}, "model_path"),
+        ({"settings": {}}, "model_path"),
+        ({"seed": 6}, "seed"),
+        ({"with_report": True}, "input_path"),
+    ],
+)
+def test_a_part_made_otherwise_is_not_continued(
+    changes, named, make_bot, dialogues_path, tmp_path, monkeypatch
+):
+    answer_and_stop(monkeypatch, 1, make_bot(), dialogues_path, tmp_path / "out.txt")
+    part = tmp_path / "out.txt.part"
+    before = part.read_bytes()
+    with pytest.raises(UserError, match=f"{named} 与那时不同"):
+        answer(make_bot(), dialogues_path, tmp_path / "out.txt", **changes)
+    assert part.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["dialogues.txt", "exists.txt", ".", "folder", "foreign.txt"])
+@pytest.mark.parametrize("content", ["要紧的笔记", "笔记\n\n第二段", "[1]\n", "{}"])
+def test_nothing_that_was_there_is_overwritten(name, content, make_bot, dialogues_path, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "exists.txt").write_text(content, encoding="utf-8")
+    (tmp_path / "foreign.txt.part").write_text(content, encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    with pytest.raises(UserError, match="output_path"):
+        answer(make_bot(), dialogues_path, tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_the_report_is_about_the_replies_whatever_the_file_is_called(
+    make_bot, dialogues_path, tmp_path
+):
+    pytest.importorskip("sacrebleu")
+    reports = [
+        answer(make_bot(), dialogues_path, tmp_path / name, with_report=True)
+        for name in ("out.txt", "out.tsv", "out.json")
+    ]
+    assert reports[0] == reports[1] == reports[2]
+    assert "| 回复数 | 2 |" in reports[0].replace("  ", " ")
+
+
+def test_the_max_len_must_fit_both_models(make_bot, make_model):
+    bot, short = make_bot(), make_model(n_positions=40)
+    bot.backward_engine = Engine(short.config.to_dict(), short.state_dict())
+    bot.num_candidates = 3
+    bot.check_options(SamplingOptions(max_len=37))
+    options = SamplingOptions(top_k=0, temperature=50.0, no_repeat_ngram_size=1, max_len=37)
+    assert bot.reply([[110, 111]], options)[0]
+    with pytest.raises(UserError, match=r"38.*40.*37"):
+        bot.check_options(SamplingOptions(max_len=38))
 
 
 def test_context_of_a_long_history_takes_no_longer():

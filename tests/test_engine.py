@@ -20,6 +20,7 @@ def build(model: GPT2LMHeadModel, precision: str = "fp32") -> Engine:
         {},
         {"activation_function": "relu"},
         {"activation_function": "gelu"},
+        {"activation_function": "tanh"},
         {"scale_attn_weights": False},
         {"scale_attn_by_inverse_layer_idx": True},
     ],
@@ -76,6 +77,15 @@ def test_a_standard_folder_and_a_pytorch_bin_give_the_same_engine(make_model, tm
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, make_model, tmp_path):
+    model = make_model()
+    model.transformer.ln_f.bias.data[3] = value
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=r"/m：权重 transformer\.ln_f\.bias 里有 NaN 或 Inf"):
+        load_engine(str(tmp_path / "m"), precision="fp32", device="cpu")
+
+
 def test_a_damaged_folder_gets_a_sentence(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
@@ -84,9 +94,11 @@ def test_a_damaged_folder_gets_a_sentence(make_model, tmp_path):
         load_engine(str(tmp_path / "m"), precision="fp32", device="cpu")
 
 
-def test_auto_is_int8_on_cpu_and_bf16_on_gpu():
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_int8_on_cpu_and_bf16_on_a_gpu_that_has_it(has_bf16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert choose_precision("auto", torch.device("cpu")) == "int8"
-    assert choose_precision("auto", torch.device("cuda")) == "bf16"
+    assert choose_precision("auto", torch.device("cuda")) == expected
     with pytest.raises(UserError, match="--no_cuda"):
         choose_precision("int8", torch.device("cuda"))
 

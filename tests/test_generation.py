@@ -78,6 +78,16 @@ def test_penalty_comes_before_top_k(make_bot):
     assert reply(bot, top_k=1, max_len=3, repetition_penalty=2.0) == "早上"
 
 
+@pytest.mark.parametrize("value", [1e-300, 1e-50, 1e39, 1e300])
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_extreme_knobs_are_limits_not_nan(name, value, make_bot):
+    bot = make_bot(SEP={"早": 40.0}, 早={"早": 40.0, "上": 30.0}, 上={"[SEP]": 80.0})
+    for _ in range(20):
+        assert reply(bot, top_k=0, max_len=3, **{name: value})
+    if value < 1:
+        assert reply(bot, top_k=0, max_len=3, **{name: value}) == "早早早"
+
+
 def test_penalty_looks_at_the_reply_only(make_bot):
     bot = make_bot(SEP={"早": 40.0, "上": 30.0}, 早={"[SEP]": 80.0})
     assert reply(bot, "早早", top_k=1, repetition_penalty=4.0) == "早"

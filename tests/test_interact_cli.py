@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,6 +229,21 @@ def test_save_writes_one_dialogue_of_a_corpus(chat):
     assert not Path("empty.txt").exists()
 
 
+@pytest.mark.parametrize("name", [".", "/", "here.txt", "folder"])
+def test_save_never_overwrites(name, chat):
+    Path("folder").mkdir()
+    Path("here.txt").write_text("要紧", encoding="utf-8")
+    out, err = chat("你好", f"/save {name}", "晚安")
+    assert replies_in(out) == [REPLY, REPLY]
+    assert err.startswith("没有写")
+    assert Path("here.txt").read_text(encoding="utf-8") == "要紧"
+
+
+def test_closed_stdin_is_an_empty_one(chat, monkeypatch, model_dir):
+    monkeypatch.setattr("sys.stdin", None)
+    assert interact.main(["--no_cuda", "--model_path", str(model_dir)]) == 0
+
+
 def test_set_changes_the_knob(chat):
     out, err = chat("你好", "/set max_len 3", "你好", "/set")
     assert replies_in(out) == [REPLY, REPLY[:3]]
@@ -298,9 +314,22 @@ def samples_path_is_a_file(model_dir: Path) -> list[str]:
     return ["--save_samples_path", "occupied"]
 
 
+def mmi_of_another_vocabulary(model_dir: Path) -> list[str]:
+    other = model_dir.parent / "other"
+    shutil.copytree(model_dir, other)
+    (other / "tokenizer.json").unlink()
+    swapped = "\n".join([*TINY_VOCAB[:104], *reversed(TINY_VOCAB[104:])])
+    (other / "vocab.txt").write_text(swapped, encoding="utf-8")
+    return ["--mmi_model_path", str(other), "--num_candidates", "2"]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        (mmi_of_another_vocabulary, ["--mmi_model_path", "other", "parrot", "词表"]),
+        (["--debug"], ["--debug", "--num_candidates"]),
+        (["--greedy", "--num_candidates", "2"], ["--greedy", "--num_candidates"]),
+        (["--model_path", "", "--vocab_path", "tiny_vocab.txt"], ["config.json"]),
         (["--model_path", "nowhere"], ["nowhere", "现有的模型文件夹", "parrot"]),
         (["--model_path", "."], ["config.json"]),
         (["--vocab_path", "none.txt"], ["none.txt", "--vocab_path"]),

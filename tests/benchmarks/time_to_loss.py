@@ -2,6 +2,7 @@
 
 用法: python tests/benchmarks/time_to_loss.py --train_path data/train.pkl --seconds 180
 学习率曲线按时间铺满给定的秒数；参考实现用它自己的学习率和预热。
+给 --pretrained_model 时从已有的权重继续（微调）。
 """
 
 import argparse
@@ -18,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 
+from chitchat.checkpoint import load_model  # noqa: E402
 from chitchat.loss import LossModule  # noqa: E402
 from chitchat.optim import learning_rate_factor  # noqa: E402
 from chitchat.processes import Processes  # noqa: E402
@@ -70,6 +72,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train_path", type=Path, default=Path("data/train.pkl"))
     parser.add_argument("--model_config", type=Path, default=ROOT / "model/config.json")
+    parser.add_argument("--pretrained_model", type=Path)
     parser.add_argument("--n_layer", type=int, default=6)
     parser.add_argument("--n_embd", type=int, default=256)
     parser.add_argument("--n_head", type=int, default=4)
@@ -84,7 +87,10 @@ def main():
     print(f"{'recipe':14} updates  tokens/s  val_loss   ({args.seconds:g} s each)")
     for recipe in args.recipes.split(","):
         name, _, lr = recipe.partition(":")
-        model = our_loop.build_model(args.model_config, device, **size)
+        if args.pretrained_model:
+            model = load_model(args.pretrained_model).to(device)
+        else:
+            model = our_loop.build_model(args.model_config, device, **size)
         if name == "reference":
             speed, steps = train_reference(model, loaders, args, device)
         else:
