@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from chitchat.architecture import build_model, check_vocab_size
 from chitchat.batching import MAX_PADDING
 from chitchat.checkpoint import load_model, remove_old_checkpoints, save_checkpoint
 from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
-from chitchat.loss import LossModule
+from chitchat.layers import build_activation
+from chitchat.loss import PRECISIONS, LossModule
 from chitchat.optim import DEFAULT_LR, build_optimizers, build_schedulers, choose_optimizer
 from chitchat.processes import Processes, parallelize
 from chitchat.reporting import TrainingLog, sample_replies, save_loss_curve
@@ -48,14 +50,16 @@ from chitchat.state import (
 from chitchat.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
 from chitchat.training import Meter, evaluate
-from chitchat.updater import PRECISIONS, Updater, choose_precision
+from chitchat.updater import Updater, choose_precision
 
 logger = logging.getLogger("chitchat.train")
 
+DEFAULT_DEVICE = "0"
 MAX_WARMUP_STEPS = 4000  # 参考实现的固定值，这里作上限
 FINE_TUNING_LR = 1e-4  # 有 --pretrained_model 时的学习率：再大就会忘掉已经学会的
 NUM_SAMPLES = 3  # 每轮展示几句示例回复
 UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有指纹
+    "train_mmi",
     "max_len",
     "val_num",
     "batch_size",
@@ -106,7 +110,8 @@ def add_model_options(add: Callable) -> None:
         help="从零训练时的模型结构（默认 %(default)s；小模型用 model/config_small.json）")
     add("--pretrained_model", default="", metavar="DIR",
         help="从这个模型文件夹或 hub 上的名字继续训练，空表示从零开始（默认为空）")
-    add("--device", default="0", help="GPU 编号，多块用逗号分隔，如 0,1（默认 %(default)s）")
+    add("--device", default=DEFAULT_DEVICE,
+        help="GPU 编号，多块用逗号分隔，如 0,1（默认 %(default)s）")
     add("--no_cuda", action="store_true", help="只用 CPU")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32（默认 %(default)s）")
@@ -163,10 +168,27 @@ def add_output_options(add: Callable) -> None:
 
 
 def choose_devices(args: argparse.Namespace, processes: Processes) -> list[torch.device]:
-    """用 torchrun 时每个进程一块卡，否则是 --device 指定的全部。"""
-    if processes.world_size == 1:
-        return select_devices(args.device, no_cuda=args.no_cuda)
-    return select_devices(str(processes.local_rank), no_cuda=args.no_cuda)
+    """用 torchrun 时每个进程一块卡，否则是 --device 指定的全部；第一块成为当前的卡。"""
+    names = args.device
+    if processes.world_size > 1:
+        listed = names.split(",")
+        if names == DEFAULT_DEVICE:
+            names = str(processes.local_rank)
+        elif processes.local_rank < len(listed):
+            names = listed[processes.local_rank]
+        else:
+            raise UserError(
+                f"--device {names} 只有 {len(listed)} 块卡，这台机器的进程更多："
+                "请给每个进程一块，或不写 --device"
+            )
+    devices = select_devices(names, no_cuda=args.no_cuda)
+    if args.compile and len(devices) > 1:
+        raise UserError(
+            "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
+        )
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
+    return devices
 
 
 def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadModel:
@@ -183,8 +205,9 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
             f"--max_len {args.max_len} 超过模型的 n_positions {n_positions}："
             f"请把 --max_len 减到 {n_positions} 以内，或换一个位置更多的模型"
         )
+    build_activation(model.config.to_dict())  # 不能用来聊天的结构，训练之前就拒绝
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 
@@ -237,7 +260,7 @@ def build_updater(
     """模型套上损失和并行，配好优化器与学习率曲线。"""
     optimizers = build_optimizers(model, args.optimizer, lr=args.lr, eps=args.eps)
     return Updater(
-        parallelize(LossModule(model, args.ignore_index), devices, processes),
+        parallelize(LossModule(model, args.ignore_index, precision=precision), devices, processes),
         optimizers,
         build_schedulers(
             optimizers,
@@ -246,7 +269,6 @@ def build_updater(
             total_steps=len(loader) * args.epochs,
         ),
         max_grad_norm=args.max_grad_norm,
-        precision=precision,
         processes=processes,
         device=devices[0],
         max_padding=1.0 if args.compile else MAX_PADDING,  # 编译时形状越少越好
@@ -310,17 +332,10 @@ def train(
                     progress.average = meter.epoch
                     save_progress()
                 if is_interrupted:
-                    logger.warning("interrupted: step=%d, continue with --resume", progress.step)
                     return False
             updater.check_finite()
             average, speed = meter.read_epoch()
-            validation = evaluate(
-                updater.loss_module,
-                val_loader,
-                processes=processes,
-                device=device,
-                precision=updater.autocast(),
-            )
+            validation = evaluate(updater, val_loader)
             epoch = progress.epoch + 1
             log.write_epoch(progress.step, epoch, average, validation, lr=updater.lr, speed=speed)
             save(f"epoch{epoch}")
@@ -331,12 +346,15 @@ def train(
             if processes.is_main:
                 remove_old_checkpoints(args.save_model_dir, args.save_total_limit, epoch)
                 log.write_samples(progress.step, describe())
+            if progress.epoch < args.epochs and processes.any(should_stop()):
+                return False
     if stopping.should_stop:
         logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)
     return True
 
 
 def log_overview(
+    updater: Updater,
     model: nn.Module,
     loaders: tuple[DataLoader, DataLoader],
     args: argparse.Namespace,
@@ -355,7 +373,7 @@ def log_overview(
         "dialogues_per_update": args.batch_size * args.gradient_accumulation_steps,
         "updates": len(train_loader) * args.epochs,
         "optimizer": args.optimizer,
-        "peak_learning_rate": f"{args.lr:g}",
+        "peak_learning_rate": f"{updater.peak_lr:g}",
         "warmup_steps": args.warmup_steps,
         "precision": precision,
         "devices": ",".join(map(str, devices)),
@@ -375,8 +393,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) is not None:
             logger.warning("--%s has no effect any more", name)
     devices = choose_devices(args, processes)
-    with processes.join(devices[0]):
-        return run(args, devices, processes)
+    try:
+        with processes.join(devices[0]):
+            return run(args, devices, processes)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"放不下模型和优化器（{reason}）：请换小一些的模型，或关掉占用显存的别的程序"
+        ) from error
+
+
+def check_writable(directory: Path) -> None:
+    """不能写的文件夹现在就报告，而不是训练完一轮之后；失败时抛出 OSError。"""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+def set_aside(path: Path) -> None:
+    """从头训练时，把上一次训练的状态改名：这一次还没存下状态就中断的话，不能接到它上面去。"""
+    if path.is_file():
+        old = path.with_suffix(f".old{path.suffix}")
+        path.replace(old)
+        logger.info("training state of an earlier run is now %s", old)
 
 
 def resume(path: Path, identity: dict, *, processes: Processes, **parts: object) -> Progress:
@@ -393,6 +432,8 @@ def resume(path: Path, identity: dict, *, processes: Processes, **parts: object)
 def run(args: argparse.Namespace, devices: list[torch.device], processes: Processes) -> int:
     """做好准备，训练，画出曲线；返回进程退出码。"""
     device = devices[0]
+    if processes.is_main:
+        check_writable(args.save_model_dir)
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.vocab_path)
     model = prepare_model(args, tokenizer)
@@ -400,10 +441,9 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     model.to(device).train()
     if args.compile:
         model.transformer.compile()
-    precision = choose_precision(args.precision, device)
+    precision = processes.share(lambda: choose_precision(args.precision, device))
+    wanted_lr = args.lr
     choose_optimization(args, model, loaders[0])
-    log_overview(model, loaders, args, precision=precision, devices=devices, processes=processes)
-
     updater = build_updater(
         args, model, loaders[0], precision=precision, devices=devices, processes=processes
     )
@@ -417,7 +457,12 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     parts = {"model": model, "updater": updater, "processes": processes, "device": device}
     progress = Progress()
     if args.resume:
-        progress = resume(state_path, identity, **parts)
+        progress = resume(state_path, identity, peak_lr=wanted_lr, **parts)
+    elif processes.is_main:
+        set_aside(state_path)
+    log_overview(
+        updater, model, loaders, args, precision=precision, devices=devices, processes=processes
+    )
 
     def save(name: str) -> None:
         if processes.is_main:
@@ -441,6 +486,8 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
         save_progress=save_progress,
         describe=describe,
     )
+    if not is_done:
+        logger.warning("interrupted: step=%d, continue with --resume", progress.step)
     if processes.is_main and is_done:
         curve_path = args.save_model_dir / "loss.png"
         if save_loss_curve(curve_path, progress.train_losses, progress.val_losses):

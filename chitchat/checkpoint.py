@@ -5,10 +5,12 @@ torch 与 transformers 用到时才导入：对话只需要这里的检查，不
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,13 +183,27 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         max_new_tokens=25,
         suppress_tokens=unspeakable_ids(tokenizer),
     )
-    with atomic_directory(directory) as partial:
+    with writing(directory), atomic_directory(directory) as partial:
         model.save_pretrained(partial)
         for weights in partial.glob("*.safetensors"):  # safetensors 写的文件别的用户读不了
             shutil.copymode(partial / "config.json", weights)
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """磁盘写满时，torch 和 safetensors 抛出各自的异常，都变成一句话。"""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"写不下 {path}（{reason}）：原有的文件没有变；请清出磁盘空间，再加 --resume 接着训练"
+        ) from error
 
 
 def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) -> None:
@@ -242,10 +258,8 @@ def _check_model_dir(directory: Path) -> None:
 
 def _list_checkpoints(parent: Path) -> str:
     """写出附近现有的模型文件夹，供错误信息使用。"""
-    found = sorted(
-        (path.parent for path in parent.glob("*/config.json")),
-        key=lambda path: path.stat().st_mtime,
-    )
+    folders = {path.parent for name in WEIGHT_FILES for path in parent.glob(f"*/{name}*")}
+    found = sorted(folders, key=lambda path: path.stat().st_mtime)
     if not found:
-        return "；请先运行 python train.py，或用 --model_path 指定模型文件夹"
+        return "；请先用 python train.py 训练一个，或改正路径"
     return "；现有的模型文件夹：" + "、".join(str(path) for path in found[-5:])

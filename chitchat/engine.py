@@ -25,7 +25,6 @@ from chitchat.layers import (
 )
 from chitchat.runtime import UserError
 
-PRECISIONS = ("auto", "fp32", "bf16", "int8")
 # 一次只算一行时瓶颈是读内存：线程再多，分到的一份还抵不上一次同步。
 MAX_THREADS = 8
 

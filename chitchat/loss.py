@@ -13,6 +13,9 @@ from chitchat.dataset import IGNORE_INDEX
 
 # 一块 logits 的元素数：CPU 上让一块留在缓存里，GPU 上则要够大才喂得饱矩阵单元。
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp16 最大只到 65504：输出层的梯度是上万个 token 之和，先缩小再加
+FP16_SUM_SCALE = 2.0**-6
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -26,6 +29,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight) if with_grad else None
+        sum_scale = FP16_SUM_SCALE if hidden.dtype == torch.float16 else 1.0
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         num_correct = hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // weight.size(0))
@@ -43,7 +47,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 probs.scatter_add_(1, target_chunk[:, None], -torch.ones_like(log_sum)[:, None])
                 grad_logits = probs.to(hidden.dtype)
                 grad_hidden[start : start + rows] = grad_logits @ compute_weight
-                grad_weight += grad_logits.T @ hidden_chunk
+                grad_weight.add_(grad_logits.T @ (hidden_chunk * sum_scale), alpha=1 / sum_scale)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(num_correct)
         return loss_sum, num_correct
@@ -55,12 +59,23 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class LossModule(nn.Module):
-    """把模型和损失放进同一个 forward，DataParallel 的每块卡因此只交回三个数。"""
+    """把模型和损失放进同一个 forward，DataParallel 的每块卡因此只交回三个数。
 
-    def __init__(self, model: GPT2LMHeadModel, ignore_index: int = IGNORE_INDEX) -> None:
+    混合精度也在这里面：autocast 只管当前线程，DataParallel 的每块卡却各有一个线程。
+    """
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        ignore_index: int = IGNORE_INDEX,
+        *,
+        precision: str = "fp32",
+    ) -> None:
+        """precision 是矩阵乘法的精度，PRECISIONS 之一；参数和 loss 总是 float32。"""
         super().__init__()
         self.model = model
         self.ignore_index = ignore_index
+        self.dtype = PRECISIONS[precision]
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """对所有真正要预测的位置求和。
@@ -74,13 +89,14 @@ class LossModule(nn.Module):
         Returns:
             形状 (1, 3)，float32：loss 之和（nat）、预测的 token 数、猜对的 token 数。
         """
-        hidden = self.model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
+        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]  # (B, T-1)，位置 t 预测第 t+1 个 token
         is_target = targets != self.ignore_index
         hidden, targets = hidden[:, :-1][is_target], targets[is_target]  # (M, C)、(M,)
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss_sum, num_correct = LinearCrossEntropy.apply(
-                hidden, self.model.lm_head.weight, targets, torch.is_grad_enabled()
-            )
+        # 最后的归一化给出 float32；输出层也要用低精度来乘。
+        loss_sum, num_correct = LinearCrossEntropy.apply(
+            hidden.to(self.dtype), self.model.lm_head.weight, targets, torch.is_grad_enabled()
+        )
         num_tokens = is_target.sum().to(torch.float32)
         return torch.stack([loss_sum, num_tokens, num_correct]).unsqueeze(0)

@@ -111,7 +111,9 @@ class MetricWriter:
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(log_dir), purge_step=first_step or None)
+            self._writer = SummaryWriter(
+                str(log_dir), purge_step=first_step + 1 if first_step else None
+            )
 
     def write(self, step: int, **metrics: float) -> None:
         """写一组数；名字里的第一个下划线换成斜线，``train_loss`` 记作 ``train/loss``。"""

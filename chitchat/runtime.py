@@ -217,6 +217,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signum)
+        logging.getLogger("chitchat").warning("stopping after this step")
 
     previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

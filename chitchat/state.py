@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
+from chitchat.checkpoint import writing
 from chitchat.processes import Processes
 from chitchat.runtime import UserError, atomic_file
 from chitchat.token_table import TokenTable
@@ -20,6 +20,7 @@ from chitchat.training import EarlyStopping, TokenAverage
 from chitchat.updater import Updater
 
 STATE_NAME = "training_state.pt"
+STATE_KEYS = ("progress", "model", "updater", "random_states")
 
 
 @dataclass
@@ -66,8 +67,8 @@ class Progress:
 
 def fingerprint(table: TokenTable, tokenizer: Tokenizer, model: GPT2LMHeadModel) -> dict[str, str]:
     """语料、词表、模型结构的指纹；续训时三者都不能变。"""
-    corpus = hashlib.sha256(table.offsets.tobytes())
-    corpus.update(table.tokens.tobytes())
+    corpus = hashlib.sha256(table.offsets.data)  # data 不复制：语料可能映射在内存里，有好几 GB
+    corpus.update(table.tokens.data)
     config = {
         name: value
         for name, value in model.config.to_dict().items()
@@ -112,7 +113,7 @@ def save_state(
         "updater": updater.state_dict(),
         "random_states": random_states,
     }
-    with atomic_file(path) as partial:
+    with writing(path), atomic_file(path) as partial:
         torch.save(state, partial)
 
 
@@ -124,9 +125,12 @@ def load_state(path: Path, identity: dict) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["identity"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise UserError(f"训练状态 {path} 已损坏：{error}；请删去它重新训练") from error
+        saved = dict(state["identity"])
+        is_whole = set(state) == {*STATE_KEYS, "identity"}
+    except Exception as error:  # 文件坏在哪里，torch 抛出的异常就各种各样
+        raise UserError(f"训练状态 {path} 已损坏：请删去它，去掉 --resume 重新训练") from error
+    if not is_whole:
+        raise UserError(f"{path} 不是这个版本的训练状态：请删去它，去掉 --resume 重新训练")
     for name, value in identity.items():
         if saved.get(name) != value:
             was = f"上次是 {saved.get(name)}，这次是 {value}"
@@ -146,10 +150,14 @@ def restore_state(
     updater: Updater,
     processes: Processes,
     device: torch.device,
+    peak_lr: float | None = None,
 ) -> Progress:
-    """把 load_state 读到的状态放回模型、优化器和随机数发生器，返回走到了哪里。"""
+    """把 load_state 读到的状态放回模型、优化器和随机数发生器，返回走到了哪里。
+
+    peak_lr 是新的学习率峰值，None 表示不变。
+    """
     model.load_state_dict(state["model"])
-    updater.load_state_dict(state["updater"])
+    updater.load_state_dict(state["updater"], peak_lr=peak_lr)
     if len(state["random_states"]) == processes.world_size:
         own = state["random_states"][processes.rank]
         torch.set_rng_state(own["cpu"])

@@ -114,7 +114,7 @@ def _load_lists(path: Path) -> list[list[int]]:
     is_nested_list = isinstance(dialogues, list) and all(isinstance(row, list) for row in dialogues)
     if not is_nested_list or not all(type(token) is int for row in dialogues for token in row):
         raise UserError(f"{path} 的内容不是 list[list[int]]；{advice}")
-    if not any(dialogues):
+    if all(len(row) < 2 for row in dialogues):  # 只有 [CLS]，没有要预测的 token
         raise UserError(f"{path} 里没有对话；请检查 preprocess.py 的 --train_path 指向的语料")
     return [row for row in dialogues if row]
 

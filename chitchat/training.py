@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chitchat.dataset import Batch
 from chitchat.processes import Processes
+from chitchat.updater import Updater
 
 
 @dataclass
@@ -113,23 +113,15 @@ class Meter:
         return self.epoch, (self.epoch.num_tokens - self._num_resumed) / seconds
 
 
-@torch.no_grad()
-def evaluate(
-    loss_module: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    processes: Processes,
-    device: torch.device,
-    precision: contextlib.AbstractContextManager | None = None,
-) -> TokenAverage:
-    """在全部验证对话上各算一次，多进程时每个进程算自己的一份再相加。"""
+def evaluate(updater: Updater, batches: Iterable[Batch]) -> TokenAverage:
+    """在全部验证对话上各算一次，不更新；多进程时每个进程算自己的一份再相加。"""
+    loss_module = updater.loss_module
     was_training = loss_module.training
     loss_module.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=updater.device)
     for batch in batches:
-        with precision or contextlib.nullcontext():
-            sums += loss_module(batch.input_ids.to(device), batch.labels.to(device)).sum(dim=0)
+        sums += updater.forward(batch)
     loss_module.train(was_training)
     average = TokenAverage()
-    average.add(processes.sum(sums))
+    average.add(updater.processes.sum(sums))
     return average

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import timeit
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,6 @@ from chitchat.processes import Processes
 from chitchat.runtime import UserError
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Updater:
@@ -38,7 +38,6 @@ class Updater:
         schedulers: list[LRScheduler],
         *,
         max_grad_norm: float,
-        precision: str,
         processes: Processes,
         device: torch.device,
         max_padding: float = 1.0,
@@ -46,11 +45,11 @@ class Updater:
         """建立更新器。
 
         Args:
-            loss_module: LossModule 或它的 DataParallel / DistributedDataParallel。
+            loss_module: LossModule 或它的 DataParallel / DistributedDataParallel；
+                精度是 ``fp16`` 时 loss 会自动缩放。
             optimizers: 全部优化器，都支持 ``found_inf``（fused AdamW 和本项目的 Muon）。
             schedulers: 与之对应的学习率曲线。
             max_grad_norm: 梯度 L2 范数的上限。
-            precision: ``fp32``、``bf16`` 或 ``fp16``；fp16 时 loss 会自动缩放。
             processes: 进程分工。
             device: 输入所在的设备。
             max_padding: 一次前向里补齐超过这个比例就拆开，见 split_rows；1 表示从不。
@@ -59,11 +58,12 @@ class Updater:
         self.optimizers = optimizers
         self.schedulers = schedulers
         self.max_grad_norm = max_grad_norm
-        self.precision = precision
         self.processes = processes
         self.device = device
         self.max_padding = max_padding
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        inner = getattr(loss_module, "module", loss_module)
+        self._ignore_index = inner.ignore_index
+        self.scaler = torch.amp.GradScaler(device.type, enabled=inner.dtype == torch.float16)
         self.max_rows: int | None = None
         self._largest_done = 0
         self._params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -72,13 +72,12 @@ class Updater:
     @property
     def lr(self) -> float:
         """现在的学习率。"""
-        return self.schedulers[0].get_last_lr()[0]
+        return self.optimizers[0].param_groups[0]["lr"]
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """前向所用的精度。"""
-        return torch.autocast(
-            self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"
-        )
+    @property
+    def peak_lr(self) -> float:
+        """学习率的峰值。"""
+        return self.schedulers[0].base_lrs[0]
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """一次参数更新。
@@ -87,7 +86,7 @@ class Updater:
             三个和（形状 (3,)，本进程的 loss 之和、token 数、猜对数），以及裁剪前的梯度范数
             （标量张量）；都留在设备上。梯度不是有限数时参数和优化器的状态不变。
         """
-        sums = self._accumulate(batch)
+        sums = self._until_it_fits(batch, self._forward_backward)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self._params, self.max_grad_norm, foreach=True)
@@ -105,6 +104,11 @@ class Updater:
             scheduler.step()
         return sums, grad_norm
 
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """只算 loss，不更新；返回三个和，形状 (3,)，留在设备上。"""
+        return self._until_it_fits(batch, self._sum_parts)
+
     def check_finite(self) -> None:
         """确认此前各步都是有限数；GPU 上这要等待，所以隔几步才问一次。
 
@@ -118,13 +122,11 @@ class Updater:
                 "请减小 --lr，检查 --pretrained_model 的权重，或用 --precision fp32"
             )
 
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """前向和反向整个窗口；放不下时减半重来，不漏算也不重复算。"""
+    def _until_it_fits(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+        """``compute(batch)``；放不下时减半，从头再算。"""
         while True:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
             try:
-                return self._forward_backward(batch)
+                return compute(batch)
             except RuntimeError as error:  # torch.OutOfMemoryError 也是它的子类
                 if not _is_out_of_memory(error):
                     raise
@@ -141,7 +143,16 @@ class Updater:
                 torch.cuda.empty_cache()
             logger.warning("out of memory: max dialogues per forward=%d", self.max_rows)
 
+    def _sum_parts(self, batch: Batch) -> Tensor:
+        sums = torch.zeros(3, device=self.device)
+        for input_ids, labels in self._split(batch):
+            sums += self._forward_part(input_ids, labels)
+        return sums
+
     def _forward_backward(self, batch: Batch) -> Tensor:
+        """前向和反向整个窗口；每次都从没有梯度开始，不漏算也不重复算。"""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         parts = self._split(batch)
         is_ddp = isinstance(self.loss_module, DistributedDataParallel)
         size = max(input_ids.numel() for input_ids, _ in parts)
@@ -172,18 +183,15 @@ class Updater:
 
     def _micro_step(self, input_ids: Tensor, labels: Tensor, num_targets: int) -> Tensor:
         """一次前向和反向；input_ids 与 labels 形状 (B, T)，返回形状 (3,)。"""
-        input_ids = input_ids.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        with self.autocast():
-            sums = self.loss_module(input_ids, labels).sum(dim=0)
+        sums = self._forward_part(input_ids, labels)
         # DistributedDataParallel 对各进程的梯度取平均，乘回进程数才是整个窗口的平均。
         loss = sums[0] * (self.processes.world_size / max(1, num_targets))
         self.scaler.scale(loss).backward()
         return sums.detach()
 
-    @property
-    def _ignore_index(self) -> int:
-        return getattr(self.loss_module, "module", self.loss_module).ignore_index
+    def _forward_part(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        input_ids = input_ids.to(self.device, non_blocking=True)
+        return self.loss_module(input_ids, labels.to(self.device, non_blocking=True)).sum(dim=0)
 
     def state_dict(self) -> dict:
         """断点续训所需的状态。"""
@@ -194,12 +202,25 @@ class Updater:
             "max_rows": self.max_rows,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """恢复 state_dict 给出的状态；学习率按现在的曲线重算，因此轮数可以增加。"""
+    def load_state_dict(self, state: dict, *, peak_lr: float | None = None) -> None:
+        """恢复 state_dict 给出的状态；学习率按现在的曲线重算，因此轮数可以增加。
+
+        Args:
+            state: state_dict 的结果。
+            peak_lr: 学习率的峰值，None 表示与那时相同；其余超参数（eps 等）总用现在的。
+        """
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            current = [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups
+            ]
             optimizer.load_state_dict(saved)
+            for group, own in zip(optimizer.param_groups, current, strict=True):
+                group.update(own)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
+            if peak_lr is not None:
+                scheduler.base_lrs = [peak_lr] * len(scheduler.base_lrs)
             lrs = [
                 base * f(scheduler.last_epoch)
                 for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -224,21 +245,17 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if _is_cpu_faster_in_bf16() else "fp32"
 
 
-def _is_cpu_faster_in_bf16(size: int = 256) -> bool:
-    import time
-
+def _is_cpu_faster_in_bf16(size: int = 256, repeats: int = 5) -> bool:
+    """各取最快的一次：别的程序偶尔占去 CPU 也不会认错。"""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(size, size, dtype=dtype)
-        matrix @ matrix
-        started = time.perf_counter()
-        for _ in range(3):
-            matrix @ matrix
-        seconds[dtype] = time.perf_counter() - started
+        seconds[dtype] = min(timeit.repeat(lambda m=matrix: m @ m, number=1, repeat=repeats))
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """GPU 显存不足，或 CPU 上申请不到内存。"""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+    signs = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_sign = any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.OutOfMemoryError) or is_sign

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from chitchat.dataset import IGNORE_INDEX, Batch, collate
+from chitchat.engine import Engine
+from chitchat.generation import score_continuations
 from chitchat.loss import LossModule
 from chitchat.optim import build_optimizers
 from chitchat.processes import Processes, parallelize
@@ -35,9 +37,11 @@ def make_batch(num_dialogues: int) -> Batch:
     return collate(rows, num_targets, pad_id=0, ignore_index=IGNORE_INDEX)
 
 
-def build_loss_module(model: nn.Module, names: list[str]) -> tuple[nn.Module, torch.device]:
+def build_loss_module(
+    model: nn.Module, names: list[str], precision: str = "fp32"
+) -> tuple[nn.Module, torch.device]:
     devices = [torch.device(name) for name in names]
-    module = LossModule(copy.deepcopy(model).to(devices[0]))
+    module = LossModule(copy.deepcopy(model).to(devices[0]), precision=precision)
     return parallelize(module, devices, Processes()), devices[0]
 
 
@@ -52,14 +56,13 @@ def sums_on(names: list[str], model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def trained_on(names: list[str], model: nn.Module, *, optimizer: str, precision: str) -> dict:
     """更新三次之后的参数。"""
-    module, device = build_loss_module(model.train(), names)
+    module, device = build_loss_module(model.train(), names, precision)
     inner = getattr(module, "module", module).model
     updater = Updater(
         module,
         build_optimizers(inner, optimizer, lr=1e-3, eps=1e-9),
         [],
         max_grad_norm=1.0,
-        precision=precision,
         processes=Processes(),
         device=device,
     )
@@ -97,7 +100,9 @@ def test_three_updates_give_the_same_parameters(names, reference, make_model):
         assert (is_close & is_moved).sum().item() >= 0.99 * moved, name
 
 
-@pytest.mark.parametrize("names", [pytest.param(ONE, marks=NEEDS_GPU)])
+@pytest.mark.parametrize(
+    "names", [pytest.param(ONE, marks=NEEDS_GPU), pytest.param(TWO, marks=NEEDS_TWO)]
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_parameter_changes_in_every_precision(names, optimizer, precision, make_model):
@@ -107,6 +112,23 @@ def test_every_parameter_changes_in_every_precision(names, optimizer, precision,
     for name, param in after.items():
         assert torch.isfinite(param).all(), name
         assert not torch.equal(param, before[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("names", [pytest.param(ONE, marks=NEEDS_GPU)])
+def test_a_batch_of_replies_equals_the_cpu(names, precision, make_model):
+    """int8 之外的推理引擎：补齐的一批与 CPU 上算出同样的分数。"""
+    model = make_model(initializer_range=0.5).eval()
+    pairs = [([101, 110, 102], [111, 112, 102]), ([101], [115, 116, 117, 118, 102])]
+    found, expected = (
+        score_continuations(
+            Engine(model.config.to_dict(), model.state_dict(), precision=kind, device=device),
+            pairs,
+            0,
+        )
+        for kind, device in ((precision, names[0]), ("fp32", "cpu"))
+    )
+    assert found == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 0.05)
 
 
 @pytest.mark.parametrize("names", [pytest.param(TWO, marks=NEEDS_TWO)])

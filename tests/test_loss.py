@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from chitchat import loss as loss_module
 from chitchat.dataset import IGNORE_INDEX, Batch, collate
-from chitchat.loss import LossModule
+from chitchat.loss import LinearCrossEntropy, LossModule
 
 DIALOGUES = [
     [101, 110, 111, 102],
@@ -178,3 +180,51 @@ def test_input_tensors_are_left_unchanged(model):
     sums_of(model, batch)[0].backward()
     assert batch.input_ids.equal(fresh.input_ids)
     assert batch.labels.equal(fresh.labels)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), loss_module.PRECISIONS.items())
+def test_layers_and_output_use_the_precision_in_every_thread(
+    precision, dtype, make_model, monkeypatch
+):
+    """DataParallel 的每块卡在自己的线程里前向，外面的 autocast 管不到那里。"""
+    module = LossModule(make_model(), precision=precision)
+    seen = []
+    matmul = LinearCrossEntropy.apply
+
+    def watch(hidden: torch.Tensor, *args: object) -> tuple:
+        seen.append(hidden.dtype)
+        return matmul(hidden, *args)
+
+    def watch_layer(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen.append(output.dtype)
+
+    monkeypatch.setattr(LinearCrossEntropy, "apply", watch)
+    module.model.transformer.h[1].mlp.c_fc.register_forward_hook(watch_layer)
+    batch = make_batch(DIALOGUES)
+    sums = [module(batch.input_ids, batch.labels)]
+    thread = threading.Thread(target=lambda: sums.append(module(batch.input_ids, batch.labels)))
+    thread.start()
+    thread.join()
+    assert seen == [dtype] * 4
+    torch.testing.assert_close(sums[0], sums[1])
+
+
+def test_fp16_sum_over_many_tokens_does_not_overflow():
+    """六千个 token 里多数是同一个目标，有一个通道很大：fp16 里直接相加会超过 65504。"""
+    hidden = torch.randn(6000, 16)
+    hidden[:, 3] = 20.0
+    weight = torch.randn(40, 16) * 0.02
+    targets = torch.where(torch.rand(6000) < 0.6, 7, torch.randint(0, 40, (6000,)))
+    grads = []
+    for hidden_dtype, weight_dtype in (
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        parts = [hidden.to(hidden_dtype, copy=True), weight.to(weight_dtype, copy=True)]
+        for part in parts:
+            part.requires_grad_()
+        LinearCrossEntropy.apply(*parts, targets, True)[0].backward()
+        grads.append([part.grad.double() for part in parts])
+    for found, expected in zip(*grads, strict=True):
+        assert found.isfinite().all()
+        assert (found - expected).norm() < 0.01 * expected.norm()

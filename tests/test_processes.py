@@ -86,7 +86,6 @@ def update_twice(processes: Processes) -> tuple[dict[str, Tensor], list[float], 
         [torch.optim.SGD(model.parameters(), lr=1.0, fused=True)],
         [],
         max_grad_norm=1e9,
-        precision="fp32",
         processes=processes,
         device=torch.device("cpu"),
     )
@@ -231,3 +230,31 @@ def test_alone_nothing_is_exchanged():
     assert [alone.any(False), alone.any(True)] == [False, True]
     assert alone.gather("x") == ["x"]
     assert alone.share(lambda: "x") == "x"
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "expected"),
+    [("0", 0, 0), ("0", 3, 3), ("2,3", 0, 2), ("2,3", 1, 3), ("5", 0, 5)],
+)
+def test_each_process_takes_its_own_card(device, local_rank, expected, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    args = train.build_parser().parse_args(["--device", device])
+    devices = train.choose_devices(args, Processes(local_rank, 4, local_rank))
+    assert devices == chosen == [torch.device("cuda", expected)]
+
+
+def test_more_processes_than_listed_cards_is_refused(monkeypatch):
+    args = train.build_parser().parse_args(["--device", "2,3"])
+    with pytest.raises(UserError, match=r"--device 2,3 只有 2 块"):
+        train.choose_devices(args, Processes(2, 4, 2))
+
+
+def test_compile_with_several_cards_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = train.build_parser().parse_args(["--device", "0,1", "--compile"])
+    with pytest.raises(UserError, match=r"--compile.*torchrun"):
+        train.choose_devices(args, Processes())

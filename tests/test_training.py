@@ -48,7 +48,6 @@ def take_step(
     defaults = {
         "schedulers": [],
         "max_grad_norm": 1e9,
-        "precision": "fp32",
         "processes": Processes(),
         "device": CPU,
     }
@@ -213,7 +212,10 @@ def test_evaluation_is_the_mean_over_all_tokens_without_dropout(make_model, batc
     )
     sampler = LengthBucketSampler(dataset.lengths, window_size=batch_size, seed=0, shuffle=False)
     loader = DataLoader(dataset, batch_size=None, sampler=sampler)
-    average = evaluate(module, loader, processes=Processes(), device=CPU)
+    updater = Updater(
+        module, [], [], max_grad_norm=1.0, processes=Processes(), device=CPU, max_padding=0.05
+    )
+    average = evaluate(updater, loader)
     assert average.num_tokens == num_tokens
     assert average.loss == pytest.approx(expected / num_tokens, rel=1e-5)
     assert all(part.training for part in module.modules())

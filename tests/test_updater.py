@@ -42,8 +42,14 @@ def make_batch(dialogues: list[list[int]] = DIALOGUES) -> Batch:
 class Scarce(LossModule):
     """对话数超过 limit 的前向放不下；failing_calls 里的那几次前向也放不下。"""
 
-    def __init__(self, model: nn.Module, limit: int = 99, failing_calls: tuple = ()) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        limit: int = 99,
+        failing_calls: tuple = (),
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__(model, precision=precision)
         self.limit = limit
         self.failing_calls = failing_calls
         self.error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore")
@@ -58,19 +64,18 @@ class Scarce(LossModule):
 
 
 def make_updater(
-    module: nn.Module, name: str = "sgd", *, precision: str = "fp32", max_grad_norm: float = 1e9
+    module: nn.Module, name: str = "sgd", *, max_grad_norm: float = 1e9, lr: float = 0.01
 ) -> Updater:
     """Sgd 的学习率是 1：参数减少的量就是梯度。"""
     if name == "sgd":
         optimizers = [torch.optim.SGD(module.parameters(), lr=1.0, fused=True)]
     else:
-        optimizers = build_optimizers(module, name, lr=0.01, eps=1e-9)
+        optimizers = build_optimizers(module, name, lr=lr, eps=1e-9)
     return Updater(
         module,
         optimizers,
         build_schedulers(optimizers, "linear", warmup_steps=0, total_steps=100),
         max_grad_norm=max_grad_norm,
-        precision=precision,
         processes=Processes(),
         device=CPU,
     )
@@ -207,7 +212,7 @@ def test_half_precision_is_close_to_fp32_and_keeps_fp32_weights(make_model, prec
     model = make_model(n_embd=64)
     loss_sum, expected = plain_update(model)
     before = copy_params(model)
-    updater = make_updater(LossModule(model), precision=precision)
+    updater = make_updater(LossModule(model, precision=precision))
     sums, _ = updater.step(make_batch())
     assert sums[0].item() == pytest.approx(loss_sum, rel=5e-3)
     assert sums[0].item() != pytest.approx(loss_sum, rel=1e-7)  # 真的用了半精度
@@ -220,8 +225,8 @@ def test_half_precision_is_close_to_fp32_and_keeps_fp32_weights(make_model, prec
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_fp16_overflow_lowers_the_scale_and_skips_the_step(make_model, name):
     model = make_model()
-    module = Scarce(model)
-    updater = make_updater(module, name, precision="fp16", max_grad_norm=2.0)
+    module = Scarce(model, precision="fp16")
+    updater = make_updater(module, name, max_grad_norm=2.0)
     before, scale = copy_params(model), updater.scaler.get_scale()
     module.factor = float("inf")
     updater.step(make_batch())
@@ -259,7 +264,7 @@ def test_state_survives_a_file_and_training_goes_on_bit_for_bit(make_model, name
         for _ in range(count):
             updater.step(make_batch())
 
-    whole = make_updater(Scarce(make_model(), limit=3), name, precision=precision)
+    whole = make_updater(Scarce(make_model(), limit=3, precision=precision), name)
     step(whole, 3)
     file = io.BytesIO()
     torch.save([whole.state_dict(), whole.loss_module.model.state_dict()], file)
@@ -267,7 +272,7 @@ def test_state_survives_a_file_and_training_goes_on_bit_for_bit(make_model, name
 
     file.seek(0)
     state, weights = torch.load(file, weights_only=True)
-    resumed = make_updater(Scarce(make_model(), limit=3), name, precision=precision)
+    resumed = make_updater(Scarce(make_model(), limit=3, precision=precision), name)
     resumed.loss_module.model.load_state_dict(weights)
     resumed.load_state_dict(state)
     step(resumed, 3)
@@ -275,3 +280,32 @@ def test_state_survives_a_file_and_training_goes_on_bit_for_bit(make_model, name
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert resumed.lr == whole.lr == pytest.approx(0.01 * 94 / 100)
     assert resumed.loss_module.sizes == [3, 2] * 3  # max_rows 也记得，不再试一次
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, 0.01), (0.5, 0.5)])
+def test_resumed_updater_takes_the_new_peak_and_its_own_eps(make_model, wanted, expected):
+    first = make_updater(Scarce(make_model()), "adamw")
+    for _ in range(3):
+        first.step(make_batch())
+    resumed = make_updater(Scarce(make_model()), "adamw", lr=0.2)
+    resumed.optimizers[0].param_groups[0]["eps"] = 1e-3
+    resumed.load_state_dict(first.state_dict(), peak_lr=wanted)
+    assert resumed.peak_lr == expected
+    assert resumed.lr == pytest.approx(expected * 97 / 100)
+    resumed.step(make_batch())
+    assert resumed.lr == pytest.approx(expected * 96 / 100)
+    assert resumed.optimizers[0].param_groups[0]["eps"] == 1e-3
+
+
+def test_forward_splits_like_a_step_and_changes_nothing(make_model):
+    model = make_model()
+    before = copy_params(model)
+    loss_sum, _ = plain_update(model)
+    module = Scarce(model, limit=2)
+    updater = make_updater(module)
+    sums = updater.forward(make_batch())
+    assert sums.tolist()[:2] == pytest.approx([loss_sum, NUM_TARGETS])
+    assert module.sizes == [5, 3, 2, 2, 1]
+    assert updater.max_rows == 2
+    assert all(param.grad is None for param in model.parameters())
+    torch.testing.assert_close(copy_params(model), before, rtol=0, atol=0)

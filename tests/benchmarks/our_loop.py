@@ -40,12 +40,12 @@ def load_batches(table, *, train_window, val_window, val_num):
 def build_updater(model, device, *, optimizer, lr, lr_factor=lambda step: 1.0, precision="auto"):
     """与 train.py 的默认值相同的一次参数更新；lr_factor 由更新次数给出学习率相对峰值的倍数。"""
     optimizers = build_optimizers(model.train(), optimizer, lr=lr, eps=1e-9)
+    precision = choose_precision(precision, device)
     return Updater(
-        LossModule(model),
+        LossModule(model, precision=precision),
         optimizers,
         [LambdaLR(optimizer, lr_factor) for optimizer in optimizers],
         max_grad_norm=2.0,
-        precision=choose_precision(precision, device),
         processes=Processes(),
         device=device,
         max_padding=MAX_PADDING,

@@ -20,9 +20,7 @@ import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 
 from chitchat.checkpoint import load_model  # noqa: E402
-from chitchat.loss import LossModule  # noqa: E402
 from chitchat.optim import learning_rate_factor  # noqa: E402
-from chitchat.processes import Processes  # noqa: E402
 from chitchat.runtime import quiet_transformers  # noqa: E402
 from chitchat.token_table import load_token_table  # noqa: E402
 from chitchat.training import evaluate  # noqa: E402
@@ -95,7 +93,8 @@ def main():
             speed, steps = train_reference(model, loaders, args, device)
         else:
             speed, steps = train_ours(model, loaders[0], args, device, optimizer=name, lr=float(lr))
-        average = evaluate(LossModule(model), loaders[1], processes=Processes(), device=device)
+        evaluator = our_loop.build_updater(model, device, optimizer="adamw", lr=1.0)
+        average = evaluate(evaluator, loaders[1])
         print(f"{recipe:14} {steps:7} {speed:9.0f} {average.loss:9.3f}", flush=True)
 
 
