@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
 from chitchat.checkpoint import (
+    has_tokenizer,
     load_engine,
     load_model_tokenizer,
     read_config,
+    weights_stamp,
 )
 from chitchat.knobs import KNOBS, SamplingOptions, check_max_len
 from chitchat.repl import Repl, Transcript
@@ -40,7 +42,14 @@ logger = logging.getLogger("chitchat.interact")
 GREETING = "开始和 chatbot 聊天，按 Ctrl+D、Ctrl+C 或 Ctrl+Z 结束，输入 /help 查看命令"
 
 # 除了采样的旋钮，还有哪些选项影响回复
-SETTINGS = ("model_path", "vocab_path", "mmi_model_path", "num_candidates", "precision")
+SETTINGS = (
+    "model_path",
+    "vocab_path",
+    "mmi_model_path",
+    "num_candidates",
+    "precision",
+    "no_cuda",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,16 +75,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=bounded(int, minimum=0), help="随机种子（默认每次不同）")
     add("--greedy", action="store_true", help="总取最可能的 token，不采样")
     add("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto",
-        help="权重的精度；auto 在 CPU 上是 int8，在 GPU 上是 bf16（默认 %(default)s）")  # fmt: skip
+        help="权重的精度；auto 在 x86 的 CPU 上是 int8，在 GPU 上是 bf16，没有它们就用 fp32"
+        "（默认 %(default)s）")  # fmt: skip
     add("--num_candidates", type=bounded(int, minimum=1, maximum=1000), default=1,
         metavar="N", help="每次生成 N 个候选再挑一个，最多 1000（默认 %(default)s）")  # fmt: skip
     add("--mmi_model_path", metavar="DIR",
         help="train.py --train_mmi 的反向模型，用来挑选候选；默认按候选自身的概率")  # fmt: skip
-    add("--debug", action="store_true", help="列出每个候选和它的分数")
+    add("--debug", action="store_true", help="与 --num_candidates 同用：列出每个候选和它的分数")
     add("--input_path", type=Path, metavar="FILE",
         help="不聊天，给文件里的每段对话接上一句回复；格式与语料相同")  # fmt: skip
     add("--output_path", type=Path, metavar="FILE",
-        help="与 --input_path 同用：结果写到哪里；中断后再运行会接着做")  # fmt: skip
+        help="与 --input_path 同用：结果写到哪里，不能已经存在；"
+        "中断后用同样的选项再运行会接着做")  # fmt: skip
     add("--report", action="store_true",
         help="与 --input_path 同用：每段的最后一句当参考答案，完成后给出评价")  # fmt: skip
     return parser
@@ -182,13 +193,14 @@ def check_models(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
             check_vocab_size(config["vocab_size"], tokenizer, path)
         if isinstance(config.get("n_positions"), int):
             check_max_len(args.max_len, config["n_positions"])
-    if args.mmi_model_path is not None and (Path(args.mmi_model_path) / "vocab.txt").is_file():
-        backward = load_model_tokenizer(args.mmi_model_path, None)
-        if vocab_fingerprint(backward) != vocab_fingerprint(tokenizer):
-            raise UserError(
-                f"--mmi_model_path {args.mmi_model_path} 的词表与 {args.model_path} 的不同："
-                "两个模型要用同一份词表训练"
-            )
+    if args.mmi_model_path is None or not has_tokenizer(args.mmi_model_path):
+        return
+    backward = load_model_tokenizer(args.mmi_model_path, None)
+    if vocab_fingerprint(backward) != vocab_fingerprint(tokenizer):
+        raise UserError(
+            f"--mmi_model_path {args.mmi_model_path} 的词表与对话模型所用的不同："
+            "两个模型要用同一份词表训练"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,7 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options,
                 seed=args.seed,
                 with_report=args.report,
-                settings={name: getattr(args, name) for name in SETTINGS},
+                settings={
+                    **{name: getattr(args, name) for name in SETTINGS},
+                    "weights": [weights_stamp(path) for path in model_paths(args)],
+                },
             ),
             end="",
         )
@@ -226,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options,
         Transcript(args.save_samples_dir),
         show=lambda piece: print(piece, end="", flush=True),
-        # 不在终端里时，标准输出只有回复。
+        # 不在终端里时，标准输出除了问候只有回复。
         tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
         is_debug=args.debug,
     )

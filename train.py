@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from chitchat.runtime import (
     CliParser,
     UserError,
     bounded,
+    check_writable,
     configure_logging,
     quiet_transformers,
     run_cli,
@@ -111,14 +112,15 @@ def add_model_options(add: Callable) -> None:
     add("--pretrained_model", default="", metavar="DIR",
         help="从这个模型文件夹或 hub 上的名字继续训练，空表示从零开始（默认为空）")
     add("--device", default=DEFAULT_DEVICE,
-        help="GPU 编号，多块用逗号分隔，如 0,1（默认 %(default)s）")
+        help="GPU 编号，多块用逗号分隔，如 0,1；torchrun 时依次分给这台机器的各个进程"
+        "（默认 %(default)s）")
     add("--no_cuda", action="store_true", help="只用 CPU")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32（默认 %(default)s）")
     add("--train_mmi", action="store_true",
         help="各句倒过来训练，得到 interact.py --mmi_model_path 所用的反向模型")
     add("--compile", action="store_true",
-        help="用 torch.compile 编译模型；开头要等几分钟，之后更快")
+        help="用 torch.compile 编译模型；开头要等几分钟，之后更快；多块卡时要用 torchrun")
     add("--gradient_checkpointing", action="store_true",
         help="反向时重算中间结果，省显存但慢约三分之一；对话很长时用")
 
@@ -169,19 +171,17 @@ def add_output_options(add: Callable) -> None:
 
 def choose_devices(args: argparse.Namespace, processes: Processes) -> list[torch.device]:
     """用 torchrun 时每个进程一块卡，否则是 --device 指定的全部；第一块成为当前的卡。"""
-    names = args.device
-    if processes.world_size > 1:
-        listed = names.split(",")
-        if names == DEFAULT_DEVICE:
-            names = str(processes.local_rank)
-        elif processes.local_rank < len(listed):
-            names = listed[processes.local_rank]
-        else:
+    if processes.world_size > 1 and args.device == DEFAULT_DEVICE:
+        devices = select_devices(str(processes.local_rank), no_cuda=args.no_cuda)
+    else:
+        devices = select_devices(args.device, no_cuda=args.no_cuda)
+    if processes.world_size > 1 and len(devices) > 1:
+        if processes.local_rank >= len(devices):
             raise UserError(
-                f"--device {names} 只有 {len(listed)} 块卡，这台机器的进程更多："
+                f"--device {args.device} 只有 {len(devices)} 块卡，这台机器的进程更多："
                 "请给每个进程一块，或不写 --device"
             )
-    devices = select_devices(names, no_cuda=args.no_cuda)
+        devices = [devices[processes.local_rank]]
     if args.compile and len(devices) > 1:
         raise UserError(
             "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
@@ -346,7 +346,8 @@ def train(
             if processes.is_main:
                 remove_old_checkpoints(args.save_model_dir, args.save_total_limit, epoch)
                 log.write_samples(progress.step, describe())
-            if progress.epoch < args.epochs and processes.any(should_stop()):
+            is_last = progress.epoch == args.epochs or stopping.should_stop
+            if not is_last and processes.any(should_stop()):
                 return False
     if stopping.should_stop:
         logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)
@@ -403,18 +404,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) from error
 
 
-def check_writable(directory: Path) -> None:
-    """不能写的文件夹现在就报告，而不是训练完一轮之后；失败时抛出 OSError。"""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory):
-        pass
-
-
 def set_aside(path: Path) -> None:
     """从头训练时，把上一次训练的状态改名：这一次还没存下状态就中断的话，不能接到它上面去。"""
     if path.is_file():
-        old = path.with_suffix(f".old{path.suffix}")
-        path.replace(old)
+        names = (path.with_suffix(f".old{i}{path.suffix}") for i in itertools.count(1))
+        old = next(name for name in names if not name.exists())
+        path.rename(old)
         logger.info("training state of an earlier run is now %s", old)
 
 

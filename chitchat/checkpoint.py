@@ -44,6 +44,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
     EOFError,
 )
+# torch 写文件失败时，RuntimeError 里会有的字样
+DISK_ERRORS = ("inline_container", "PytorchStreamWriter", "No space left")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # 把 messages 写成 [CLS]u1[SEP]u2[SEP]。消息里的 [SEP] 之类拆成“[ sep ]”，
@@ -110,31 +112,46 @@ def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> En
     Raises:
         UserError: 与 load_model 相同。
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    from chitchat.engine import Engine
 
     directory = Path(name_or_dir)
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         weights = load_file(directory / "model.safetensors")
         if config["model_type"] == "gpt2":
-            return Engine(config, weights, precision=precision, device=device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} 放不下模型 {name_or_dir}：请关掉别的程序，或加 --no_cuda 改用 CPU"
-        ) from error
-    except UserError as error:
-        raise UserError(f"{name_or_dir}：{error}") from error
+            return _pack(name_or_dir, config, weights, precision, device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
         pass
     from chitchat.runtime import quiet_transformers
 
     quiet_transformers()
     model = load_model(name_or_dir)
-    return Engine(model.config.to_dict(), model.state_dict(), precision=precision, device=device)
+    return _pack(name_or_dir, model.config.to_dict(), model.state_dict(), precision, device)
+
+
+def _pack(
+    name_or_dir: str, config: dict, weights: dict, precision: str, device: torch.device
+) -> Engine:
+    import torch
+
+    from chitchat.engine import Engine
+
+    try:
+        return Engine(config, weights, precision=precision, device=device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} 放不下模型 {name_or_dir}：请关掉别的程序，或加 --no_cuda 改用 CPU"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{name_or_dir}：{error}") from error
+
+
+def weights_stamp(model_dir: str) -> list[list]:
+    """权重文件的名字、字节数和修改时间；不同就是换过了。hub 上的模型是空的。"""
+    files = [file for name in WEIGHT_FILES for file in Path(model_dir).glob(f"{name}*")]
+    stats = [(file.name, file.stat()) for file in sorted(files)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def read_config(model_dir: str) -> dict:
@@ -144,6 +161,11 @@ def read_config(model_dir: str) -> dict:
     except (OSError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}
+
+
+def has_tokenizer(model_dir: str) -> bool:
+    """模型文件夹里有没有自带的 tokenizer。"""
+    return any((Path(model_dir) / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
 
 
 def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
@@ -158,7 +180,7 @@ def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
     if not directory.is_dir():
         raise UserError(f"找不到模型文件夹 {model_dir}{_list_checkpoints(directory.parent)}")
     _check_model_dir(directory)
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    if not has_tokenizer(model_dir):
         raise UserError(
             f"{model_dir} 里没有 tokenizer.json 或 vocab.txt，无从知道模型的 token id 对应什么字；"
             "请用 --vocab_path 指定训练这个模型时的 vocab.txt"
@@ -201,6 +223,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        is_disk = any(sign in reason for sign in DISK_ERRORS)
+        if isinstance(error, RuntimeError) and not is_disk:
+            raise
         raise UserError(
             f"写不下 {path}（{reason}）：原有的文件没有变；请清出磁盘空间，再加 --resume 接着训练"
         ) from error

@@ -221,5 +221,5 @@ def _check_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> N
     if type(num_heads) is not int or num_heads < 1 or width % num_heads:
         raise UserError(f"config.json 的 n_head 应能整除 n_embd {width}，得到 {num_heads!r}")
     for name, weight in weights.items():
-        if not torch.isfinite(weight.sum()):
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise UserError(f"权重 {name} 里有 NaN 或 Inf：训练时出了错，请换一个检查点")

@@ -14,8 +14,7 @@ from chitchat.dataset import IGNORE_INDEX
 # 一块 logits 的元素数：CPU 上让一块留在缓存里，GPU 上则要够大才喂得饱矩阵单元。
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# fp16 最大只到 65504：输出层的梯度是上万个 token 之和，先缩小再加
-FP16_SUM_SCALE = 2.0**-6
+FP16_SAFE_ROWS = 1024  # fp16 最大只到 65504：输出层的梯度是更多行之和时，先缩小再加
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -29,7 +28,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight) if with_grad else None
-        sum_scale = FP16_SUM_SCALE if hidden.dtype == torch.float16 else 1.0
         loss_sum = hidden.new_zeros((), dtype=torch.float32)
         num_correct = hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**23) // weight.size(0))
@@ -47,6 +45,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 probs.scatter_add_(1, target_chunk[:, None], -torch.ones_like(log_sum)[:, None])
                 grad_logits = probs.to(hidden.dtype)
                 grad_hidden[start : start + rows] = grad_logits @ compute_weight
+                is_fp16 = hidden.dtype == torch.float16
+                excess = len(target_chunk) // FP16_SAFE_ROWS if is_fp16 else 0
+                sum_scale = 2.0 ** -excess.bit_length()
                 grad_weight.add_(grad_logits.T @ (hidden_chunk * sum_scale), alpha=1 / sum_scale)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(num_correct)

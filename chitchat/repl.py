@@ -171,14 +171,15 @@ class Repl:
         if len(arguments) != 1 or not self.texts:
             self._tell("用法：/save 文件" if self.texts else "还没有可以保存的对话")
             return
-        path = Path(arguments[0]).expanduser()
-        if path.exists():
-            self._tell(f"没有写：{path} 已经存在，请换一个名字")
-            return
+        path = Path(arguments[0])
         try:
+            path = path.expanduser()
+            if path.exists():
+                self._tell(f"没有写：{path} 已经存在，请换一个名字")
+                return
             with atomic_file(path) as partial:
                 partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # 后两种是 pathlib 认不出的写法
             self._tell(f"没有写成 {path}：{getattr(error, 'strerror', None) or error}")
             return
         self._tell(f"已写进 {path}")

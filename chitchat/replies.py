@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -23,9 +22,9 @@ from tqdm import tqdm
 from chitchat.corpus import read_dialogues
 from chitchat.decoding import Chatbot
 from chitchat.generation import MAX_ROWS, score_continuations
-from chitchat.knobs import SamplingOptions
+from chitchat.knobs import KNOBS, SamplingOptions
 from chitchat.metrics import build_report, require_sacrebleu
-from chitchat.runtime import UserError, atomic_file
+from chitchat.runtime import UserError, atomic_file, check_writable
 from chitchat.tokenizer import decode_response, encode_dialogues, encode_utterances
 
 
@@ -67,7 +66,8 @@ def answer_file(
     identity = {
         "input_path": hashlib.sha256(text).hexdigest(),
         "report": with_report,
-        **dataclasses.asdict(options),
+        "greedy": options.greedy,
+        **{name: getattr(options, knob.field) for name, knob in KNOBS.items()},
         **settings,
     }
     partial = PartialReplies(output_path.with_name(output_path.name + ".part"), identity, seed)
@@ -81,14 +81,15 @@ def answer_file(
             partial.add(batch)
             bar.update(len(batch))
     replies = [partial.replies[i] for i in range(len(contexts))]
-    with atomic_file(output_path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for context, reply in zip(contexts, replies, strict=True):
-            file.write("\n".join([*context, reply]) + "\n\n")
+    report = ""
+    if with_report:  # 在 .part 删去之前：算到一半被中断，再运行时不必重新生成
+        references = [dialogue[-1] for dialogue in dialogues]
+        report = build_report(
+            replies, references, reference_ppl(bot, contexts, references, options)
+        )
+    _write_output(output_path, contexts, replies)
     partial.path.unlink()
-    if not with_report:
-        return ""
-    references = [dialogue[-1] for dialogue in dialogues]
-    return build_report(replies, references, reference_ppl(bot, contexts, references, options))
+    return report
 
 
 def _check_output(input_path: Path, output_path: Path) -> None:
@@ -99,8 +100,26 @@ def _check_output(input_path: Path, output_path: Path) -> None:
         )
     if output_path.is_dir() or not output_path.name:
         raise UserError(f"--output_path {output_path} 是文件夹：请写明文件名")
+    _refuse_existing(output_path)
+    check_writable(output_path.parent)
+
+
+def _refuse_existing(output_path: Path) -> None:
     if output_path.exists():
         raise UserError(f"--output_path {output_path} 已经存在：请换一个名字，或先移走它")
+
+
+def _write_output(
+    output_path: Path, contexts: Sequence[Sequence[str]], replies: Sequence[str]
+) -> None:
+    """按语料的布局写出全部对话；做的时候别的程序写了同名的文件，也不覆盖。"""
+    _refuse_existing(output_path)
+    with (
+        atomic_file(output_path) as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        for context, reply in zip(contexts, replies, strict=True):
+            file.write("\n".join([*context, reply]) + "\n\n")
 
 
 def _read_input(path: Path, min_utterances: int) -> list[list[str]]:
@@ -150,7 +169,10 @@ class PartialReplies:
             if not line.endswith(b"\n"):
                 os.truncate(path, size)
                 break
-            self.replies.update(json.loads(line))
+            try:
+                self.replies.update(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise _foreign(path) from error
             size += len(line)
         self._file: TextIO | None = None
 
@@ -158,10 +180,10 @@ class PartialReplies:
         """记下一批（序号, 回复），交给操作系统。"""
         self.replies.update(batch)
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                with atomic_file(self.path) as unfinished:
+                    unfinished.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
-            if self._file.tell() == 0:
-                self._file.write(json.dumps(self._header) + "\n")
         self._file.write(json.dumps(batch, ensure_ascii=False) + "\n")
         self._file.flush()
 
@@ -176,7 +198,11 @@ def _parse_header(path: Path, line: bytes) -> dict:
         header = json.loads(line)
         if isinstance(header, dict) and "input_path" in header and line.endswith(b"\n"):
             return header
-    raise UserError(f"{path} 不是本程序做到一半的结果：请移走它，或换一个 --output_path")
+    raise _foreign(path)
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path} 不是本程序做到一半的结果：请移走它，或换一个 --output_path")
 
 
 def answer_batches(

@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -217,7 +218,10 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signum)
-        logging.getLogger("chitchat").warning("stopping after this step")
+        with contextlib.suppress(RuntimeError):  # 正好打断了另一行日志
+            logging.getLogger("chitchat").warning(
+                "saving and stopping; press Ctrl+C again to stop at once"
+            )
 
     previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -225,6 +229,13 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def check_writable(directory: Path) -> None:
+    """不能写的文件夹现在就报告，而不是做完了再说；没有就创建，失败时抛出 OSError。"""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 @contextlib.contextmanager

@@ -126,7 +126,9 @@ def load_state(path: Path, identity: dict) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(state["identity"])
-        is_whole = set(state) == {*STATE_KEYS, "identity"}
+        is_whole = set(state) == {*STATE_KEYS, "identity"} and set(saved) == set(identity)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # 文件坏在哪里，torch 抛出的异常就各种各样
         raise UserError(f"训练状态 {path} 已损坏：请删去它，去掉 --resume 重新训练") from error
     if not is_whole:

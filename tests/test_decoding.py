@@ -272,6 +272,7 @@ def test_a_part_made_otherwise_is_not_continued(
     answer_and_stop(monkeypatch, 1, make_bot(), dialogues_path, tmp_path / "out.txt")
     part = tmp_path / "out.txt.part"
     before = part.read_bytes()
+    monkeypatch.setattr(replies, "require_sacrebleu", lambda: None)
     with pytest.raises(UserError, match=f"{named} 与那时不同"):
         answer(make_bot(), dialogues_path, tmp_path / "out.txt", **changes)
     assert part.read_bytes() == before

@@ -93,7 +93,9 @@ def main():
             speed, steps = train_reference(model, loaders, args, device)
         else:
             speed, steps = train_ours(model, loaders[0], args, device, optimizer=name, lr=float(lr))
-        evaluator = our_loop.build_updater(model, device, optimizer="adamw", lr=1.0)
+        evaluator = our_loop.build_updater(
+            model, device, optimizer="adamw", lr=1.0, precision="fp32"
+        )
         average = evaluate(evaluator, loaders[1])
         print(f"{recipe:14} {steps:7} {speed:9.0f} {average.loss:9.3f}", flush=True)
 
