@@ -26,6 +26,7 @@ from chitchat.token_table import load_token_table  # noqa: E402
 from chitchat.training import evaluate  # noqa: E402
 
 BATCH_SIZE = 16  # 一次更新的对话数，4 × 4
+DEFAULT_RECIPES = "reference,adamw:1e-3,adamw:2e-3,muon:1e-3,muon:2e-3,muon:4e-3"
 
 
 def train_reference(model, loaders, args, device):
@@ -75,7 +76,7 @@ def main():
     parser.add_argument("--n_embd", type=int, default=256)
     parser.add_argument("--n_head", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=180)
-    parser.add_argument("--recipes", default="reference,adamw:1e-3,adamw:2e-3,muon:2e-3,muon:4e-3")
+    parser.add_argument("--recipes", default=DEFAULT_RECIPES)
     args = parser.parse_args()
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
