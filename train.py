@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from chitchat.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
 from chitchat.layers import build_activation
 from chitchat.loss import PRECISIONS, LossModule
 from chitchat.optim import DEFAULT_LR, build_optimizers, build_schedulers, choose_optimizer
-from chitchat.processes import Processes, parallelize
+from chitchat.processes import DEFAULT_DEVICE, Processes, choose_devices, parallelize
 from chitchat.reporting import TrainingLog, sample_replies, save_loss_curve
 from chitchat.runtime import (
     EXIT_INTERRUPTED,
@@ -37,16 +36,15 @@ from chitchat.runtime import (
     quiet_transformers,
     run_cli,
     seed_everything,
-    select_devices,
     stop_signals,
 )
 from chitchat.state import (
     STATE_NAME,
     Progress,
     fingerprint,
-    load_state,
-    restore_state,
+    resume,
     save_state,
+    set_aside,
 )
 from chitchat.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
@@ -55,7 +53,6 @@ from chitchat.updater import Updater, choose_precision
 
 logger = logging.getLogger("chitchat.train")
 
-DEFAULT_DEVICE = "0"
 MAX_WARMUP_STEPS = 4000  # 参考实现的固定值，这里作上限
 FINE_TUNING_LR = 1e-4  # 有 --pretrained_model 时的学习率：再大就会忘掉已经学会的
 NUM_SAMPLES = 3  # 每轮展示几句示例回复
@@ -169,28 +166,6 @@ def add_output_options(add: Callable) -> None:
 # fmt: on
 
 
-def choose_devices(args: argparse.Namespace, processes: Processes) -> list[torch.device]:
-    """用 torchrun 时每个进程一块卡，否则是 --device 指定的全部；第一块成为当前的卡。"""
-    if processes.world_size > 1 and args.device == DEFAULT_DEVICE:
-        devices = select_devices(str(processes.local_rank), no_cuda=args.no_cuda)
-    else:
-        devices = select_devices(args.device, no_cuda=args.no_cuda)
-    if processes.world_size > 1 and len(devices) > 1:
-        if processes.local_rank >= len(devices):
-            raise UserError(
-                f"--device {args.device} 只有 {len(devices)} 块卡，这台机器的进程更多："
-                "请给每个进程一块，或不写 --device"
-            )
-        devices = [devices[processes.local_rank]]
-    if args.compile and len(devices) > 1:
-        raise UserError(
-            "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
-        )
-    if devices[0].type == "cuda":
-        torch.cuda.set_device(devices[0])
-    return devices
-
-
 def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadModel:
     """建立或读入模型，检查它与词表、max_len 相配。"""
     if args.pretrained_model:
@@ -300,7 +275,7 @@ def train(
         True 表示训练完成，False 表示被中断（状态已存下）。
     """
     train_loader, val_loader = loaders
-    processes, device = updater.processes, updater.device
+    processes = updater.processes
     stopping = progress.early_stopping(args.patience)
     log = TrainingLog(
         args.save_model_dir / "runs" if processes.is_main else None,
@@ -309,23 +284,8 @@ def train(
     )
     with stop_signals() as should_stop, contextlib.closing(log):
         while progress.epoch < args.epochs and not stopping.should_stop:
-            train_loader.sampler.epoch = progress.epoch
-            train_loader.sampler.start = progress.window
-            meter = Meter(device, processes, progress.average)
-            for batch in train_loader:
-                sums, grad_norm = updater.step(batch)
-                meter.add(sums)
-                progress.window += 1
-                progress.step += 1
-                log.advance(progress.step)
-                should_log = progress.step % args.log_step == 0
-                if should_log or device.type == "cpu":
-                    updater.check_finite()
-                if should_log:
-                    recent, speed = meter.read_recent()
-                    log.write_step(
-                        progress.step, recent, speed, lr=updater.lr, grad_norm=float(grad_norm)
-                    )
+            meter = Meter(updater.device, processes, progress.average)
+            for _ in train_epoch(updater, train_loader, meter, args.log_step, progress, log):
                 is_interrupted = processes.any(should_stop())
                 if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
                     meter.read_recent()
@@ -333,7 +293,6 @@ def train(
                     save_progress()
                 if is_interrupted:
                     return False
-            updater.check_finite()
             average, speed = meter.read_epoch()
             validation = evaluate(updater, val_loader)
             epoch = progress.epoch + 1
@@ -352,6 +311,33 @@ def train(
     if stopping.should_stop:
         logger.info("early stop: epoch=%d best_val_loss=%.4f", progress.epoch, stopping.best_loss)
     return True
+
+
+def train_epoch(
+    updater: Updater,
+    loader: DataLoader,
+    meter: Meter,
+    log_step: int,
+    progress: Progress,
+    log: TrainingLog,
+) -> Iterator[None]:
+    """一轮里余下的更新；每做完一次、记下它之后交还一次。"""
+    loader.sampler.epoch = progress.epoch
+    loader.sampler.start = progress.window
+    for batch in loader:
+        sums, grad_norm = updater.step(batch)
+        meter.add(sums)
+        progress.window += 1
+        progress.step += 1
+        log.advance(progress.step)
+        should_log = progress.step % log_step == 0
+        if should_log or updater.device.type == "cpu":
+            updater.check_finite()
+        if should_log:
+            recent, speed = meter.read_recent()
+            log.write_step(progress.step, recent, speed, lr=updater.lr, grad_norm=float(grad_norm))
+        yield
+    updater.check_finite()
 
 
 def log_overview(
@@ -393,7 +379,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("log", "gpu0_bsz"):
         if getattr(args, name) is not None:
             logger.warning("--%s has no effect any more", name)
-    devices = choose_devices(args, processes)
+    devices = choose_devices(args.device, processes, no_cuda=args.no_cuda)
+    if args.compile and len(devices) > 1:
+        raise UserError(
+            "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
+        )
     try:
         with processes.join(devices[0]):
             return run(args, devices, processes)
@@ -402,26 +392,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"放不下模型和优化器（{reason}）：请换小一些的模型，或关掉占用显存的别的程序"
         ) from error
-
-
-def set_aside(path: Path) -> None:
-    """从头训练时，把上一次训练的状态改名：这一次还没存下状态就中断的话，不能接到它上面去。"""
-    if path.is_file():
-        names = (path.with_suffix(f".old{i}{path.suffix}") for i in itertools.count(1))
-        old = next(name for name in names if not name.exists())
-        path.rename(old)
-        logger.info("training state of an earlier run is now %s", old)
-
-
-def resume(path: Path, identity: dict, *, processes: Processes, **parts: object) -> Progress:
-    """读训练状态，放回 parts；没有就从头开始。只有主进程读，别的机器上不必有这个文件。"""
-    state = processes.share(lambda: load_state(path, identity) if path.is_file() else None)
-    if state is None:
-        logger.info("resume: no %s, starting afresh", path)
-        return Progress()
-    progress = restore_state(state, processes=processes, **parts)
-    logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
-    return progress
 
 
 def run(args: argparse.Namespace, devices: list[torch.device], processes: Processes) -> int:
@@ -467,10 +437,8 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
         save_state(state_path, progress=progress, identity=identity, **parts)
 
     def describe() -> str:
-        sep = special_ids(tokenizer).sep
-        rows = [table[i].tolist() for i in loaders[1].dataset.indices[:NUM_SAMPLES]]
-        openings = [row[1 : row.index(sep) if sep in row else None] for row in rows]
-        return sample_replies(model, tokenizer, openings)
+        samples = [table[i].tolist() for i in loaders[1].dataset.indices[:NUM_SAMPLES]]
+        return sample_replies(model, tokenizer, samples)
 
     is_done = train(
         updater,

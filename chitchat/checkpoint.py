@@ -5,12 +5,10 @@ torch 与 transformers 用到时才导入：对话只需要这里的检查，不
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +42,6 @@ UNREADABLE = (
     pickle.UnpicklingError,
     EOFError,
 )
-# torch 写文件失败时，RuntimeError 里会有的字样
-DISK_ERRORS = ("inline_container", "PytorchStreamWriter", "No space left")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # 把 messages 写成 [CLS]u1[SEP]u2[SEP]。消息里的 [SEP] 之类拆成“[ sep ]”，
@@ -205,30 +201,13 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         max_new_tokens=25,
         suppress_tokens=unspeakable_ids(tokenizer),
     )
-    with writing(directory), atomic_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         model.save_pretrained(partial)
         for weights in partial.glob("*.safetensors"):  # safetensors 写的文件别的用户读不了
             shutil.copymode(partial / "config.json", weights)
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """磁盘写满时，torch 和 safetensors 抛出各自的异常，都变成一句话。"""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        is_disk = any(sign in reason for sign in DISK_ERRORS)
-        if isinstance(error, RuntimeError) and not is_disk:
-            raise
-        raise UserError(
-            f"写不下 {path}（{reason}）：原有的文件没有变；请清出磁盘空间，再加 --resume 接着训练"
-        ) from error
 
 
 def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) -> None:

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from chitchat.runtime import UserError
+from chitchat.runtime import UserError, select_devices
+
+DEFAULT_DEVICE = "0"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,32 @@ class Processes:
         if isinstance(answer[0], UserError):
             raise answer[0]
         return answer[0]
+
+
+def choose_devices(names: str, processes: Processes, *, no_cuda: bool) -> list[torch.device]:
+    """用 torchrun 时每个进程一块卡，否则是 names 里的全部；第一块成为当前的卡。
+
+    Args:
+        names: ``--device`` 的取值；用 torchrun 时，默认的 ``0`` 表示由 local_rank 决定。
+        processes: 进程分工。
+        no_cuda: True 时总是用 CPU。
+
+    Raises:
+        UserError: 写法不对，没有这块卡，或列出的卡比这台机器的进程少。
+    """
+    if processes.world_size > 1 and names == DEFAULT_DEVICE:
+        names = str(processes.local_rank)
+    devices = select_devices(names, no_cuda=no_cuda)
+    if processes.world_size > 1 and len(devices) > 1:
+        if processes.local_rank >= len(devices):
+            raise UserError(
+                f"--device {names} 只有 {len(devices)} 块卡，这台机器的进程更多："
+                "请给每个进程一块，或不写 --device"
+            )
+        devices = [devices[processes.local_rank]]
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
+    return devices
 
 
 def parallelize(

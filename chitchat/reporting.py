@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -175,15 +176,16 @@ def save_loss_curve(path: Path, train_losses: Sequence[float], val_losses: Seque
 
 
 def sample_replies(
-    model: GPT2LMHeadModel, tokenizer: Tokenizer, openings: Sequence[Sequence[int]]
+    model: GPT2LMHeadModel, tokenizer: Tokenizer, dialogues: Sequence[Sequence[int]]
 ) -> str:
-    """用现在的模型回答几句开场白，写成 Markdown；不动用全局随机数。"""
+    """用现在的模型回答每段对话的第一句，写成 Markdown；不动用全局随机数。"""
     engine = Engine(model.config.to_dict(), model.state_dict(), device=model.device)
     bot = Chatbot(engine, tokenizer, seed=0)
     room = model.config.n_positions // 2
     options = SamplingOptions(max_len=max(1, min(SamplingOptions.max_len, room)))
     lines = []
-    for opening in openings:
+    for dialogue in dialogues:
+        opening = list(itertools.takewhile(lambda token: token != bot.ids.sep, dialogue[1:]))
         reply, _ = bot.reply([opening], options)
         lines += [decode_response(tokenizer, opening), f"→ {decode_response(tokenizer, reply)}"]
     return "\n\n".join(f"- {line}" for line in lines)

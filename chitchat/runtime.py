@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# torch 和 safetensors 写文件失败时，异常里会有的字样
+DISK_ERRORS = ("inline_container", "PytorchStreamWriter", "I/O error")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -251,7 +253,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     try:
-        yield partial
+        with _explain_full_disk(path):
+            yield partial
         _sync(partial)
         partial.replace(path)
     finally:
@@ -277,7 +280,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with _explain_full_disk(path):
+            yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _sync(file)
@@ -292,6 +296,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explain_full_disk(path: Path) -> Iterator[None]:
+    """磁盘写满时，torch 和 safetensors 抛出的不是 OSError，只能由文字认出；都变成一句话。"""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) or not any(sign in reason for sign in DISK_ERRORS):
+            raise
+        raise UserError(
+            f"写不下 {path}（{reason}）：原有的文件没有变；请清出磁盘空间再试，训练可以加 --resume"
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
-from chitchat.checkpoint import writing
 from chitchat.processes import Processes
 from chitchat.runtime import UserError, atomic_file
 from chitchat.token_table import TokenTable
 from chitchat.tokenizer import vocab_text
 from chitchat.training import EarlyStopping, TokenAverage
 from chitchat.updater import Updater
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
 STATE_KEYS = ("progress", "model", "updater", "random_states")
@@ -113,8 +116,31 @@ def save_state(
         "updater": updater.state_dict(),
         "random_states": random_states,
     }
-    with writing(path), atomic_file(path) as partial:
+    with atomic_file(path) as partial:
         torch.save(state, partial)
+
+
+def resume(path: Path, identity: dict, *, processes: Processes, **parts: object) -> Progress:
+    """从训练状态接着训练，没有就从头开始；返回走到了哪里。
+
+    只有主进程读文件，别的机器上不必有它。parts 是 restore_state 的其余参数。
+    """
+    state = processes.share(lambda: load_state(path, identity) if path.is_file() else None)
+    if state is None:
+        logger.info("resume: no %s, starting afresh", path)
+        return Progress()
+    progress = restore_state(state, processes=processes, **parts)
+    logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
+    return progress
+
+
+def set_aside(path: Path) -> None:
+    """从头训练时，把上一次训练的状态改名：这一次还没存下状态就中断的话，不能接到它上面去。"""
+    if path.is_file():
+        names = (path.with_suffix(f".old{i}{path.suffix}") for i in itertools.count(1))
+        old = next(name for name in names if not name.exists())
+        path.rename(old)
+        logger.info("training state of an earlier run is now %s", old)
 
 
 def load_state(path: Path, identity: dict) -> dict:

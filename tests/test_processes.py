@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import train
 from chitchat.dataset import IGNORE_INDEX, collate
 from chitchat.loss import LossModule
-from chitchat.processes import Processes, parallelize
+from chitchat.processes import Processes, choose_devices, parallelize
 from chitchat.runtime import UserError
 from chitchat.updater import Updater
 
@@ -249,22 +249,20 @@ def test_each_process_takes_its_own_card(device, local_rank, expected, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    args = train.build_parser().parse_args(["--device", device])
-    devices = train.choose_devices(args, Processes(local_rank, 4, local_rank))
+    devices = choose_devices(device, Processes(local_rank, 4, local_rank), no_cuda=False)
     assert devices == chosen == [torch.device("cuda", expected)]
 
 
 def test_more_processes_than_listed_cards_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    args = train.build_parser().parse_args(["--device", "2,3"])
     with pytest.raises(UserError, match=r"--device 2,3 只有 2 块"):
-        train.choose_devices(args, Processes(2, 4, 2))
+        choose_devices("2,3", Processes(2, 4, 2), no_cuda=False)
 
 
 def test_compile_with_several_cards_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    args = train.build_parser().parse_args(["--device", "0,1", "--compile"])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     with pytest.raises(UserError, match=r"--compile.*torchrun"):
-        train.choose_devices(args, Processes())
+        train.main(["--device", "0,1", "--compile"])
