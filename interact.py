@@ -13,29 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
+from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
+from chitchat.chat.repl import Repl, Transcript
 from chitchat.checkpoint import (
     has_tokenizer,
-    load_engine,
     load_model_tokenizer,
     read_config,
     weights_stamp,
 )
-from chitchat.knobs import KNOBS, SamplingOptions, check_max_len
-from chitchat.repl import Repl, Transcript
-from chitchat.runtime import (
-    CliParser,
-    UserError,
-    bounded,
-    configure_logging,
-    run_cli,
-    select_devices,
-)
-from chitchat.tokenizer import vocab_fingerprint
+from chitchat.cli import CliParser, bounded, configure_logging, run_cli
+from chitchat.devices import select_devices
+from chitchat.errors import UserError
+from chitchat.tokens.tokenizer import vocab_fingerprint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from chitchat.decoding import Chatbot
+    from chitchat.chat.chatbot import Chatbot
 
 logger = logging.getLogger("chitchat.interact")
 
@@ -145,8 +139,9 @@ def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chat
     def load() -> Chatbot:
         import torch
 
-        from chitchat.decoding import Chatbot
-        from chitchat.engine import MAX_THREADS, choose_precision
+        from chitchat.chat.chatbot import Chatbot
+        from chitchat.chat.engine import MAX_THREADS, choose_precision
+        from chitchat.chat.loading import load_engine
 
         device = select_devices(args.device, no_cuda=args.no_cuda)[0]
         precision = choose_precision(args.precision, device)
@@ -175,6 +170,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     """不必等模型就能看出的矛盾，在问候之前说清楚。"""
     if (args.input_path is None) != (args.output_path is None):
         raise UserError("--input_path 与 --output_path 要一起给：前者是对话，后者是写结果的文件")
+    if args.input_path is not None and not args.input_path.exists():
+        raise UserError(
+            f"找不到 --input_path {args.input_path}：请写入一行一句、空行分隔的对话，或改正路径"
+        )
     if args.report and args.input_path is None:
         raise UserError("--report 要与 --input_path、--output_path 同用")
     if args.mmi_model_path is not None and args.num_candidates == 1:
@@ -203,6 +202,19 @@ def check_models(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         )
 
 
+def read_input(path: Path) -> Iterator[list[str]]:
+    """--input_path 里的对话。"""
+    from chitchat.corpus.reader import read_dialogues  # 只有 --input_path 用得到
+
+    try:
+        yield from read_dialogues(path)
+    except UserError as error:
+        raise UserError(
+            f"读不懂 --input_path：{error}（这里只能自动认格式和编码，"
+            "认错时请另存为 UTF-8、一行一句、空行分隔的文本）"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     args = build_parser().parse_args(argv)
@@ -216,12 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("options=%s", options)
     loading = start_loading(args, tokenizer)
     if args.input_path is not None:
-        from chitchat.replies import answer_file  # 会导入 torch，聊天时不必等
+        from chitchat.chat.whole_files import answer_file  # 会导入 torch，聊天时不必等
 
         print(
             answer_file(
                 loading,
-                args.input_path,
+                lambda: read_input(args.input_path),
                 args.output_path,
                 options,
                 seed=args.seed,

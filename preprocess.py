@@ -17,21 +17,27 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from chitchat.corpus import describe_source, filter_dialogues, read_source, total_size
-from chitchat.corpus_check import CorpusCheck, save_length_histogram
-from chitchat.encoder import DialogueEncoder, EncodedBatch
-from chitchat.formats import READERS, Dialogue, ReadOptions
-from chitchat.runtime import CliParser, UserError, bounded, configure_logging, run_cli
-from chitchat.sources import Source, find_sources
-from chitchat.token_writer import check_folder, open_writer
-from chitchat.tokenizer import (
+from chitchat.cli import CliParser, bounded, configure_logging, run_cli
+from chitchat.corpus.check import CorpusCheck, save_length_histogram
+from chitchat.corpus.formats import READERS, Dialogue, ReadOptions
+from chitchat.corpus.reader import describe_source, filter_dialogues, read_source, total_size
+from chitchat.corpus.sources import Source, find_sources
+from chitchat.errors import UserError
+from chitchat.tokens.batch_encoder import DialogueEncoder, EncodedBatch
+from chitchat.tokens.token_writer import check_folder, open_writer
+from chitchat.tokens.tokenizer import (
     load_tokenizer,
     read_vocab_lines,
     special_ids,
     vocab_fingerprint,
 )
-from chitchat.vocab import derive_reference_vocab
-from chitchat.vocab_learning import KEPT_TOKENS, check_new_vocab, learn_vocab, save_vocab
+from chitchat.tokens.vocabulary import derive_reference_vocab
+from chitchat.tokens.vocabulary_learning import (
+    KEPT_TOKENS,
+    check_new_vocab,
+    learn_vocab,
+    save_vocab,
+)
 
 logger = logging.getLogger("chitchat.preprocess")
 

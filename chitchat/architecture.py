@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from chitchat.runtime import UserError
-from chitchat.tokenizer import special_ids
+from chitchat.errors import UserError
+from chitchat.tokens.tokenizer import special_ids
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

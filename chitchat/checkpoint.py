@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from chitchat.architecture import token_id_fields
-from chitchat.runtime import UserError, atomic_directory
-from chitchat.tokenizer import load_tokenizer, unspeakable_ids, vocab_text
-from chitchat.vocab import (
+from chitchat.errors import UserError
+from chitchat.files import atomic_directory
+from chitchat.tokens.tokenizer import load_tokenizer, unspeakable_ids, vocab_text
+from chitchat.tokens.vocabulary import (
     CLS_TOKEN,
     MASK_TOKEN,
     PAD_TOKEN,
@@ -27,10 +28,8 @@ from chitchat.vocab import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from chitchat.engine import Engine
 
 # transformers 和 torch.load 读不出文件时抛出的异常
 UNREADABLE = (
@@ -92,55 +91,6 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
     if missing:
         raise UserError(f"{name_or_dir} 的权重不完整：缺少 {missing[0]} 等 {len(missing)} 项")
     return model
-
-
-def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> Engine:
-    """读模型并打包成推理引擎。
-
-    标准的文件夹直接读 safetensors，不导入 transformers；其余的（pytorch_model.bin、分片、hub 上的
-    名字、有毛病的文件夹）交给 load_model，由它读出或说明毛病。
-
-    Args:
-        name_or_dir: 与 load_model 相同。
-        precision: ``fp32``、``bf16`` 或 ``int8``。
-        device: 放在哪个设备上。
-
-    Raises:
-        UserError: 与 load_model 相同。
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    directory = Path(name_or_dir)
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(directory / "model.safetensors")
-        if config["model_type"] == "gpt2":
-            return _pack(name_or_dir, config, weights, precision, device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
-        pass
-    from chitchat.runtime import quiet_transformers
-
-    quiet_transformers()
-    model = load_model(name_or_dir)
-    return _pack(name_or_dir, model.config.to_dict(), model.state_dict(), precision, device)
-
-
-def _pack(
-    name_or_dir: str, config: dict, weights: dict, precision: str, device: torch.device
-) -> Engine:
-    import torch
-
-    from chitchat.engine import Engine
-
-    try:
-        return Engine(config, weights, precision=precision, device=device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} 放不下模型 {name_or_dir}：请关掉别的程序，或加 --no_cuda 改用 CPU"
-        ) from error
-    except UserError as error:
-        raise UserError(f"{name_or_dir}：{error}") from error
 
 
 def weights_stamp(model_dir: str) -> list[list]:
@@ -225,7 +175,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
     """包成 transformers 的 tokenizer，带上聊天模板；不修改入参。
 
     Args:
-        tokenizer: chitchat.vocab 建立的 tokenizer。
+        tokenizer: chitchat.tokens.vocabulary 建立的 tokenizer。
         max_length: 模型的位置数。
     """
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from chitchat.tokenizer import load_tokenizer
+from chitchat.tokens.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # 几十个数的模型，多线程只会互相等待
 

@@ -24,8 +24,8 @@ from chitchat.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from chitchat.runtime import UserError
-from chitchat.tokenizer import encode_utterances, load_tokenizer
+from chitchat.errors import UserError
+from chitchat.tokens.tokenizer import encode_utterances, load_tokenizer
 
 INPUT_IDS = torch.tensor([[101, 110, 111, 102, 120]])
 CLS, SEP = 101, 102

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from chitchat.dataset import IGNORE_INDEX, Batch, collate
-from chitchat.engine import Engine
-from chitchat.generation import score_continuations
-from chitchat.loss import LossModule
-from chitchat.optim import build_optimizers
-from chitchat.processes import Processes, parallelize
-from chitchat.updater import Updater
+from chitchat.chat.engine import Engine
+from chitchat.chat.generation import score_continuations
+from chitchat.training.dataset import IGNORE_INDEX, Batch, collate
+from chitchat.training.loss import LossModule
+from chitchat.training.optimizers import build_optimizers
+from chitchat.training.processes import Processes, parallelize
+from chitchat.training.updater import Updater
 
 NUM_GPUS = torch.cuda.device_count()
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS < 1, reason="需要显卡")]

@@ -13,10 +13,10 @@ import pytest
 from conftest import TINY_VOCAB
 
 import interact
+from chitchat.chat.generation import Generator
 from chitchat.checkpoint import save_checkpoint
-from chitchat.corpus import read_dialogues
-from chitchat.generation import Generator
-from chitchat.runtime import configure_logging, run_cli
+from chitchat.cli import configure_logging, run_cli
+from chitchat.corpus.reader import read_dialogues
 
 REPLY = "早上好，吃饭了吗"
 HEADER = r"聊天记录\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+:\n"

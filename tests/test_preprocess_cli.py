@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY_VOCAB
 from transformers import BertTokenizerFast
 
-from chitchat.runtime import configure_logging, run_cli
+from chitchat.cli import configure_logging, run_cli
 from preprocess import main
 
 DIALOGUES = [

@@ -13,11 +13,13 @@ from conftest import ROOT, TINY_CONFIG, TINY_VOCAB
 import interact
 import train
 from chitchat.architecture import build_model
+from chitchat.chat.chatbot import ResponseStreamer
+from chitchat.chat.samples import sample_replies
 from chitchat.checkpoint import save_checkpoint
-from chitchat.decoding import ResponseStreamer
-from chitchat.reporting import sample_replies
-from chitchat.runtime import UserError, atomic_directory, run_cli
-from chitchat.tokenizer import load_tokenizer
+from chitchat.cli import run_cli
+from chitchat.errors import UserError
+from chitchat.files import atomic_directory
+from chitchat.tokens.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -13,17 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from chitchat.runtime import (
-    CliParser,
-    UserError,
-    atomic_directory,
-    atomic_file,
-    bounded,
-    configure_logging,
-    run_cli,
-    seed_everything,
-    select_devices,
-)
+from chitchat.cli import CliParser, bounded, configure_logging, run_cli
+from chitchat.devices import seed_everything, select_devices
+from chitchat.errors import UserError
+from chitchat.files import atomic_directory, atomic_file
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.nam
 
 
 def module_name(path: Path) -> str:
-    """文件对应的模块名，例如 chitchat.vocab。"""
+    """文件对应的模块名，例如 chitchat.tokens.vocabulary。"""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -64,6 +64,36 @@ def test_package_never_imports_a_script(path):
 def test_script_imports_the_package_and_no_other_script(path):
     assert imports_of(path)
     assert all(name.startswith("chitchat") for name in imports_of(path))
+
+
+# 哪一层可以导入哪些层；同一层之内随意，只要不成圈。
+ARROWS = {
+    "ground": set(),
+    "tokens": {"ground"},
+    "model": {"ground", "tokens"},
+    "corpus": {"ground", "tokens"},
+    "training": {"ground", "tokens", "model"},
+    "chat": {"ground", "tokens", "model"},
+}
+LAYER_OF_MODULE = {
+    **dict.fromkeys(("errors", "cli", "files", "devices"), "ground"),
+    **dict.fromkeys(("architecture", "checkpoint"), "model"),
+}
+
+
+def layer_of(module: str) -> str:
+    """模块属于哪一层：顶层的模块查表，其余看文件夹。"""
+    name = module.split(".")[1]
+    return LAYER_OF_MODULE.get(name, name)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: module_name(path))
+def test_imports_follow_the_arrows(path):
+    if module_name(path) == "chitchat":
+        return
+    layer = layer_of(module_name(path))
+    used = {layer_of(name) for name in imports_of(path) - {"chitchat"}} - {layer}
+    assert used <= ARROWS[layer]
 
 
 def test_package_has_no_import_cycle():

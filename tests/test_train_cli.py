@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import train
 from chitchat.architecture import build_model
-from chitchat.runtime import UserError, configure_logging, run_cli
-from chitchat.state import STATE_NAME
-from chitchat.tokenizer import vocab_fingerprint
+from chitchat.cli import configure_logging, run_cli
+from chitchat.errors import UserError
+from chitchat.tokens.tokenizer import vocab_fingerprint
+from chitchat.training.state import STATE_NAME
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
 EPOCH_LINE = re.compile(

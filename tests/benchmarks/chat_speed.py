@@ -23,10 +23,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor, TopKLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from chitchat.engine import Engine
-from chitchat.generation import Generator
-from chitchat.knobs import SamplingOptions
-from chitchat.tokenizer import SpecialIds
+from chitchat.chat.engine import Engine
+from chitchat.chat.generation import Generator
+from chitchat.chat.options import SamplingOptions
+from chitchat.tokens.tokenizer import SpecialIds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT_LEN, REPLY_LEN, TOP_K = 40, 25, 8
@@ -317,8 +317,8 @@ def measure_batches(model: GPT2LMHeadModel, num_dialogues: int) -> None:
 
 def measure_candidates(rounds: int, model: GPT2LMHeadModel) -> None:
     """五个候选由反向模型挑选，比直接回复慢几倍；上下文 40 个 token，回复至多 25 个。"""
-    from chitchat.decoding import Chatbot
-    from chitchat.tokenizer import load_tokenizer
+    from chitchat.chat.chatbot import Chatbot
+    from chitchat.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ROOT / "vocab" / "vocab.txt")
     forward, backward = (
@@ -345,7 +345,7 @@ def measure_candidates(rounds: int, model: GPT2LMHeadModel) -> None:
 def measure_startup(model: GPT2LMHeadModel) -> None:
     """从敲下命令到出现问候语；旁边是参考实现的 import。"""
     from chitchat.checkpoint import save_checkpoint
-    from chitchat.tokenizer import load_tokenizer
+    from chitchat.tokens.tokenizer import load_tokenizer
 
     imports = (
         "import transformers, torch, os, json, random, numpy, argparse\n"

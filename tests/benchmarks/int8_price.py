@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from chitchat.checkpoint import load_engine, load_model_tokenizer
-from chitchat.corpus import read_dialogues
-from chitchat.decoding import Chatbot
-from chitchat.engine import Engine
-from chitchat.generation import score_continuations
-from chitchat.knobs import SamplingOptions
-from chitchat.tokenizer import decode_response, encode_dialogues, encode_utterances
+from chitchat.chat.chatbot import Chatbot
+from chitchat.chat.engine import Engine
+from chitchat.chat.generation import score_continuations
+from chitchat.chat.loading import load_engine
+from chitchat.chat.options import SamplingOptions
+from chitchat.checkpoint import load_model_tokenizer
+from chitchat.corpus.reader import read_dialogues
+from chitchat.tokens.tokenizer import decode_response, encode_dialogues, encode_utterances
 
 PROMPTS = (
     *("你好", "你是谁", "在干嘛", "今天好累啊", "晚上吃什么好"),

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from chitchat.checkpoint import load_engine, load_model_tokenizer
-from chitchat.corpus import read_dialogues
-from chitchat.decoding import Chatbot
-from chitchat.engine import MAX_THREADS, choose_precision
-from chitchat.knobs import SamplingOptions
-from chitchat.repl import Repl, Transcript
-from chitchat.runtime import configure_logging
+from chitchat.chat.chatbot import Chatbot
+from chitchat.chat.engine import MAX_THREADS, choose_precision
+from chitchat.chat.loading import load_engine
+from chitchat.chat.options import SamplingOptions
+from chitchat.chat.repl import Repl, Transcript
+from chitchat.checkpoint import load_model_tokenizer
+from chitchat.cli import configure_logging
+from chitchat.corpus.reader import read_dialogues
 
 ROOT = Path(__file__).resolve().parents[2]
 TURNS = (10, 100, 1000)

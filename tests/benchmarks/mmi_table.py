@@ -11,11 +11,12 @@ import time
 
 import torch
 
-from chitchat.checkpoint import load_engine, load_model_tokenizer
-from chitchat.decoding import Chatbot
-from chitchat.engine import MAX_THREADS, choose_precision
-from chitchat.knobs import SamplingOptions
-from chitchat.tokenizer import decode_response, encode_utterances
+from chitchat.chat.chatbot import Chatbot
+from chitchat.chat.engine import MAX_THREADS, choose_precision
+from chitchat.chat.loading import load_engine
+from chitchat.chat.options import SamplingOptions
+from chitchat.checkpoint import load_model_tokenizer
+from chitchat.tokens.tokenizer import decode_response, encode_utterances
 
 CONTEXTS = (
     ("你好",),

@@ -6,12 +6,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from chitchat.batching import MAX_PADDING, split_rows
-from chitchat.dataset import IGNORE_INDEX, build_loaders
-from chitchat.loss import LossModule
-from chitchat.optim import build_optimizers
-from chitchat.processes import Processes
-from chitchat.updater import Updater, choose_precision
+from chitchat.training.batching import MAX_PADDING, split_rows
+from chitchat.training.dataset import IGNORE_INDEX, build_loaders
+from chitchat.training.loss import LossModule
+from chitchat.training.optimizers import build_optimizers
+from chitchat.training.processes import Processes
+from chitchat.training.updater import Updater, choose_precision
 
 
 def build_model(config_path, device, **fields):

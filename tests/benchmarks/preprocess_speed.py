@@ -20,7 +20,7 @@ CLS, SEP = 101, 102
 
 def plain(corpus: Path, out: Path) -> None:
     """读完，编码一次，序列化。"""
-    from chitchat.tokenizer import load_tokenizer
+    from chitchat.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ROOT / "vocab/vocab.txt")
     text = corpus.read_text(encoding="utf-8")

@@ -20,10 +20,10 @@ import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 
 from chitchat.checkpoint import load_model  # noqa: E402
-from chitchat.optim import learning_rate_factor  # noqa: E402
-from chitchat.runtime import quiet_transformers  # noqa: E402
-from chitchat.token_table import load_token_table  # noqa: E402
-from chitchat.training import evaluate  # noqa: E402
+from chitchat.cli import quiet_transformers  # noqa: E402
+from chitchat.tokens.token_table import load_token_table  # noqa: E402
+from chitchat.training.meters import evaluate  # noqa: E402
+from chitchat.training.optimizers import learning_rate_factor  # noqa: E402
 
 BATCH_SIZE = 16  # 一次更新的对话数，4 × 4
 DEFAULT_RECIPES = "reference,adamw:1e-3,adamw:2e-3,muon:1e-3,muon:2e-3,muon:4e-3"

@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 
-from chitchat.batching import MAX_PADDING  # noqa: E402
-from chitchat.runtime import quiet_transformers  # noqa: E402
-from chitchat.token_table import load_token_table  # noqa: E402
+from chitchat.cli import quiet_transformers  # noqa: E402
+from chitchat.tokens.token_table import load_token_table  # noqa: E402
+from chitchat.training.batching import MAX_PADDING  # noqa: E402
 
 
 def measure_padding(train_path, vocab_size, batch_sizes):

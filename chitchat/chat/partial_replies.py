@@ -1,0 +1,82 @@
+"""做到一半的回复：与输出文件并排的 ``.part``，中断后由它接着做。"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from chitchat.errors import UserError
+from chitchat.files import atomic_file
+
+
+class PartialReplies:
+    """做到一半的回复：第一行是由什么做出来的，以后每行一批，都是 JSON。
+
+    Attributes:
+        path: 文件；有了第一批回复才出现。
+        seed: 随机种子；没有指定时与上次的相同。
+        replies: 已有的回复，对话的序号 → 文字。
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, object], seed: int | None) -> None:
+        """读出已有的回复；末尾没写完的一批不算。
+
+        Raises:
+            UserError: 文件不是这个程序写的，或由别的输入、选项做出来；文件不变。
+        """
+        self.path = path
+        self.replies: dict[int, str] = {}
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        header = _parse_header(path, lines[0]) if lines else {}
+        self.seed = header.get("seed", secrets.randbits(32)) if seed is None else seed
+        self._header = {**json.loads(json.dumps(identity, default=str)), "seed": self.seed}
+        for name, value in header.items():
+            if self._header.get(name) != value:
+                raise UserError(
+                    f"{path} 是做到一半的结果，但 {name} 与那时不同："
+                    "要接着做，请用原来的输入和选项；要重新做，请先删去它"
+                )
+        size = sum(map(len, lines[:1]))
+        for line in lines[1:]:
+            if not line.endswith(b"\n"):
+                os.truncate(path, size)
+                break
+            try:
+                self.replies.update(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise _foreign(path) from error
+            size += len(line)
+        self._file: TextIO | None = None
+
+    def add(self, batch: Sequence[tuple[int, str]]) -> None:
+        """记下一批（序号, 回复），交给操作系统。"""
+        self.replies.update(batch)
+        if self._file is None:
+            if not self.path.exists():
+                with atomic_file(self.path) as unfinished:
+                    unfinished.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        self._file.write(json.dumps(batch, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """关闭文件。"""
+        if self._file is not None:
+            self._file.close()
+
+
+def _parse_header(path: Path, line: bytes) -> dict:
+    with contextlib.suppress(ValueError):
+        header = json.loads(line)
+        if isinstance(header, dict) and "input_path" in header and line.endswith(b"\n"):
+            return header
+    raise _foreign(path)
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path} 不是本程序做到一半的结果：请移走它，或换一个 --output_path")

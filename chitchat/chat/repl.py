@@ -1,0 +1,207 @@
+"""一次聊天：历史、斜线命令、聊天记录。显示交给调用者；本模块不加载 torch。"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from chitchat.chat.options import KNOBS, SamplingOptions
+from chitchat.errors import UserError
+from chitchat.files import atomic_file
+from chitchat.tokens.tokenizer import decode_response, encode_utterances
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from chitchat.chat.chatbot import Chatbot
+
+HELP = """\
+/help           显示这份说明
+/reset          忘掉前面的对话，重新开始
+/undo           撤回上一轮（你的一句和它的回复）
+/retry          对你上一句重新回答
+/show           显示模型现在看得到的历史
+/save 文件      把这次聊天按语料的格式写进文件
+/set            显示各旋钮现在的值
+/set 名字 值    改一个旋钮，例如 /set temperature 0.8
+/quit           结束聊天"""
+MAX_KEPT_UTTERANCES = 1000  # 历史只为 /undo 多留一些，聊多久内存都不涨
+
+
+class Transcript:
+    """聊天记录：追加到 sample.txt，每写完一行就交给操作系统，中途被杀也不丢。"""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = (directory / "sample.txt").open("a", encoding="utf-8", buffering=1)
+        self._file.write(f"聊天记录{datetime.datetime.now()}:\n")
+
+    def add(self, speaker: str, text: str) -> None:
+        """记下一行 ``speaker:text``。"""
+        self._file.write(f"{speaker}:{text}\n")
+
+    def close(self) -> None:
+        """关闭文件。"""
+        self._file.close()
+
+
+class Repl:
+    """一次聊天：历史、旋钮、记录，以及每一行输入的处理。"""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        loading: Future[Chatbot],
+        options: SamplingOptions,
+        transcript: Transcript,
+        *,
+        show: Callable[[str], None],
+        tell: Callable[[str], None],
+        is_debug: bool = False,
+    ) -> None:
+        """准备聊天。
+
+        Args:
+            tokenizer: 模型的 tokenizer。
+            loading: 正在后台读入的模型，第一次要回答时才等它。
+            options: 采样的旋钮。
+            transcript: 聊天记录。
+            show: 原样显示回复的一部分。
+            tell: 显示一段说明，自成一行。
+            is_debug: 是否列出全部候选。
+        """
+        self.tokenizer = tokenizer
+        self.loading = loading
+        self.options = options
+        self.transcript = transcript
+        self._show = show
+        self._tell = tell
+        self.is_debug = is_debug
+        self.history: list[list[int]] = []
+        self.texts: list[str] = []  # 与 history 一一对应的原文
+
+    @property
+    def bot(self) -> Chatbot:
+        """模型；还没有读完就等它。"""
+        return self.loading.result()
+
+    def handle(self, line: str) -> bool:
+        """处理一行输入；返回 False 表示用户要结束聊天。"""
+        text = line.strip()
+        if text.startswith("/"):
+            return self._run_command(text)
+        if text:
+            self._answer(text)
+        return True
+
+    def _answer(self, text: str) -> None:
+        """回答一句，边生成边显示。"""
+        self.transcript.add("user", text)
+        self._remember(text, encode_utterances(self.tokenizer, [text])[0])
+        bot = self.bot  # 模型读不出时，在显示“chatbot:”之前就说
+        self._show("chatbot:")
+        response, is_truncated = bot.reply(self.history, self.options, self._show)
+        self._show("\n")
+        reply = decode_response(self.tokenizer, response)
+        self.transcript.add("chatbot", reply)
+        self._remember(reply, response)
+        if self.is_debug:
+            self._show_candidates()
+        if is_truncated:
+            self._tell(
+                f"（对话太长，模型只有 {self.bot.max_positions} 个位置，这次没有用上最早的部分）"
+            )
+
+    def _remember(self, text: str, token_ids: list[int]) -> None:
+        self.history.append(token_ids)
+        self.texts.append(text)
+        self._forget(slice(None, -MAX_KEPT_UTTERANCES))
+
+    def _forget(self, part: slice) -> None:
+        del self.history[part], self.texts[part]
+
+    def _show_candidates(self) -> None:
+        """列出上一次的全部候选，选中的在最前。"""
+        for candidate in self.bot.last_candidates:
+            backward = "" if candidate.backward is None else f" 反向 {candidate.backward:7.3f}"
+            text = decode_response(self.tokenizer, candidate.token_ids)
+            self._tell(f"  正向 {candidate.likelihood:7.3f}{backward}  {text}")
+
+    def _run_command(self, text: str) -> bool:
+        """执行一条斜线命令。"""
+        name, *arguments = text.split()
+        if name == "/quit":
+            return False
+        if name == "/help":
+            self._tell(HELP)
+        elif name == "/reset":
+            self._forget(slice(None))
+            self._tell("好，前面的对话已忘掉")
+        elif name == "/undo":
+            self._tell("已撤回上一轮" if self.history else "还没有可以撤回的对话")
+            self._forget(slice(-2, None))
+        elif name == "/retry":
+            self._retry()
+        elif name == "/show":
+            shown = self.texts[-self.options.max_history_len :]
+            self._tell("\n".join(shown) or "还没有对话")
+        elif name == "/save":
+            self._save(arguments)
+        elif name == "/set":
+            self._set_knob(arguments)
+        else:
+            self._tell(f"没有 {name} 这条命令，输入 /help 查看全部命令")
+        return True
+
+    def _retry(self) -> None:
+        """撤回上一轮，再答一次。"""
+        if not self.texts:
+            self._tell("还没有可以重答的话")
+            return
+        question = self.texts[-2]
+        self._forget(slice(-2, None))
+        self._answer(question)
+
+    def _save(self, arguments: list[str]) -> None:
+        """把这次聊天写成一段语料。"""
+        if len(arguments) != 1 or not self.texts:
+            self._tell("用法：/save 文件" if self.texts else "还没有可以保存的对话")
+            return
+        path = Path(arguments[0])
+        try:
+            path = path.expanduser()
+            if path.exists():
+                self._tell(f"没有写：{path} 已经存在，请换一个名字")
+                return
+            with atomic_file(path) as partial:
+                partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:  # 后两种是 pathlib 认不出的写法
+            self._tell(f"没有写成 {path}：{getattr(error, 'strerror', None) or error}")
+            return
+        self._tell(f"已写进 {path}")
+
+    def _set_knob(self, arguments: list[str]) -> None:
+        """不带参数时列出旋钮，否则改其中一个；写错时旋钮不变。"""
+        if not arguments:
+            for name, knob in KNOBS.items():
+                self._tell(f"{name} = {getattr(self.options, knob.field)}（{knob.description}）")
+            return
+        if len(arguments) != 2 or arguments[0] not in KNOBS:
+            self._tell(f"用法：/set 名字 值，名字是 {'、'.join(KNOBS)} 之一")
+            return
+        name, value = arguments
+        knob = KNOBS[name]
+        bot = self.bot  # 模型读不出时照样报告，不当作旋钮写错
+        try:
+            changed = dataclasses.replace(self.options, **{knob.field: knob.parse(value)})
+            bot.check_options(changed)
+        except (argparse.ArgumentTypeError, UserError) as error:
+            self._tell(f"{name} 没有改：{error}")
+            return
+        self.options = changed
+        self._tell(f"{name} = {getattr(changed, knob.field)}")

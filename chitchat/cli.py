@@ -1,0 +1,177 @@
+"""三个脚本共用的命令行：参数类型、日志、信号，把异常变成退出码。
+
+导入时不加载 torch，``--help`` 因此立刻显示。
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from chitchat.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class CliParser(argparse.ArgumentParser):
+    """出错时只在标准错误输出一句中文，并以 2 退出；参数名不能缩写。"""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """报告命令行写错之处，例如未知的参数或不合法的取值。"""
+        for english, chinese in (
+            ("unrecognized arguments:", "没有这样的参数："),
+            ("the following arguments are required:", "缺少参数："),
+            ("expected one argument", "后面缺少取值"),
+            ("ignored explicit argument", "不需要取值，得到"),
+            ("invalid choice:", "没有这个选项："),
+            ("choose from", "可选"),
+            ("invalid int value:", "应为整数，得到"),
+            ("argument ", "参数 "),
+        ):
+            message = message.replace(english, chinese)
+        self.exit(EXIT_BAD_INPUT, f"错误：{message}。用 python {self.prog} --help 查看全部参数\n")
+
+
+def bounded(
+    kind: Callable[[str], float],
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Callable[[str], float]:
+    """构造 argparse 的 ``type=``：``int`` 或 ``float``，并检查取值范围。
+
+    Args:
+        kind: ``int`` 或 ``float``。
+        minimum: 允许的最小值（含）；None 表示不限。
+        above: 必须大于的值（不含）；None 表示不限。
+        maximum: 允许的最大值（含）；None 表示不限。
+
+    Returns:
+        把字符串变成数值的函数；不合法时抛出 ``argparse.ArgumentTypeError``。
+    """
+    limits = [
+        f"{text} {limit:g}"
+        for text, limit in (("不小于", minimum), ("大于", above), ("不大于", maximum))
+        if limit is not None
+    ]
+    wanted = ("整数" if kind is int else "数值") + ("，" if limits else "") + "且".join(limits)
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        # NaN 与任何数比较都为假，所以条件写成“全部成立”而不是“有一条不成立”。
+        is_valid = (
+            (minimum is None or value >= minimum)
+            and (above is None or value > above)
+            and (maximum is None or value <= maximum)
+            and value == value
+            and abs(value) != float("inf")
+        )
+        if not is_valid:
+            raise argparse.ArgumentTypeError(f"应为{wanted}，得到 {text!r}")
+        return value
+
+    return parse
+
+
+def run_cli(main: Callable[[], int]) -> NoReturn:
+    """运行脚本的 ``main``，把异常变成退出码：0 完成，2 用法或输入有误，130 被中断。"""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # 旧的 Windows 控制台不是 UTF-8：宁可显示一个问号，也不要因为一个 emoji 退出。
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = main()
+    except UserError as error:
+        code = _complain(str(error))
+    except BrokenPipeError:
+        code = 0  # 例如接在 | head 前面：读的人走了，不算出错
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        reason = f"读写 {error.filename or '文件'} 失败：{error.strerror or error}"
+        code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+def _complain(sentence: str) -> int:
+    """在标准错误输出一句话，返回表示输入有误的退出码。"""
+    sys.stderr.write(f"错误：{sentence}\n")
+    return EXIT_BAD_INPUT
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """写日志时先让开进度条，日志行不会与进度条混在一行。"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def configure_logging(log_path: Path | None, *, console: bool = True) -> None:
+    """让 ``chitchat`` 及其子 logger 的 INFO 日志进入控制台和文件。
+
+    只设置本项目的 logger，不动根 logger；重复调用会先去掉上一次的输出。
+
+    Args:
+        log_path: 日志文件，追加写入，父目录会自动创建；None 表示不写文件。
+        console: 是否同时输出到标准错误。
+    """
+    logger = logging.getLogger("chitchat")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_TqdmHandler()] if console else []
+    if log_path is not None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_path, encoding="utf-8"))
+    for handler in handlers or [logging.NullHandler()]:
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def quiet_transformers() -> None:
+    """不显示 transformers 的进度条和 WARNING：它们说的是它自己的默认值，与用户无关。"""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """收到 Ctrl+C 或 SIGTERM 时先记下，训练循环存好状态再停；第二次 Ctrl+C 立刻停。"""
+    received = []
+
+    def remember(signum: int, frame: object) -> None:
+        if received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signum)
+        with contextlib.suppress(RuntimeError):  # 正好打断了另一行日志
+            logging.getLogger("chitchat").warning(
+                "saving and stopping; press Ctrl+C again to stop at once"
+            )
+
+    previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,213 @@
+"""检查语料：不写任何东西，数出读懂了什么，找出可疑的地方，给出建议。"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from chitchat.corpus.formats import Dialogue
+from chitchat.errors import UserError
+from chitchat.files import atomic_file
+from chitchat.tokens.tokenizer import decode_response, special_ids
+
+MAX_PLACES = 3  # 每种可疑之处举几个例子
+LONG_UTTERANCE = 500  # 字符数
+_LETTER = re.compile(r"[^\W_]")
+SUSPICIONS = {
+    # UTF-8 被当作 Latin-1 或 GBK 解读过、替换字符、私用区
+    "乱码": re.compile(
+        "\ufffd|锟斤拷|烫烫烫|[\ue000-\uf8ff]|[\u00c0-\u00ff][\u0080-\u00bf]|[\u00c0-\u00ff]{3}"
+    ),
+    "不算换行的换行符": re.compile("[\x0b\x0c\x85\u2028\u2029]"),
+    "控制字符": re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"),
+    "网址": re.compile(r"https?://|www\.", re.IGNORECASE),
+}
+
+
+@dataclass
+class CorpusCheck:
+    """一边读一边记的统计；内存只随不同的句子数增长（每句一个 64 位散列值）。"""
+
+    tokenizer: Tokenizer
+    max_len: int
+    lengths: Counter[int] = field(default_factory=Counter)  # token 数 -> 对话数
+    turns: Counter[int] = field(default_factory=Counter)  # 句数 -> 对话数
+    unknown: Counter[str] = field(default_factory=Counter)
+    num_unk: int = 0
+    num_repeated_dialogues: int = 0
+    num_repeated_utterances: int = 0
+    suspicions: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    first: list[list[int]] = field(default_factory=list)
+    seen_dialogues: set[int] = field(default_factory=set)
+    seen_utterances: set[int] = field(default_factory=set)
+
+    def add(self, dialogue: Dialogue, token_ids: list[int], name: str) -> None:
+        """记下一段对话。
+
+        Args:
+            dialogue: 文字。
+            token_ids: 它的编码，含 [CLS] 与各 [SEP]。
+            name: 所在文件的名字。
+        """
+        self.lengths[len(token_ids)] += 1
+        self.turns[len(dialogue.utterances)] += 1
+        if len(self.first) < 2:
+            self.first.append(token_ids)
+        keys = [hash(utterance) for utterance in dialogue.utterances]
+        key = hash(tuple(keys))
+        self.num_repeated_dialogues += key in self.seen_dialogues
+        self.seen_dialogues.add(key)
+        for key in keys:
+            self.num_repeated_utterances += key in self.seen_utterances
+            self.seen_utterances.add(key)
+        if num_unk := token_ids.count(special_ids(self.tokenizer).unk):
+            self.num_unk += num_unk
+            for utterance in dialogue.utterances:
+                self._count_unknown(utterance)
+        for index, utterance in enumerate(dialogue.utterances):
+            for suspicion in find_suspicions(utterance):
+                self.suspicions[suspicion] += 1
+                places = self.places.setdefault(suspicion, [])
+                if len(places) < MAX_PLACES:
+                    places.append(f"{name} {_where(dialogue, index, self.turns)}：{utterance[:30]}")
+
+    def _count_unknown(self, utterance: str) -> None:
+        """记下这一句里词表没有的字；一个词只有个别字不认得时只记那几个字。"""
+        encoding = self.tokenizer.encode(utterance, add_special_tokens=False)
+        unk = special_ids(self.tokenizer).unk
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id == unk:
+                word = utterance[start:end]
+                chars = [c for c in word if not self._is_known(c.lower())]
+                self.unknown.update(chars or [word])
+
+    def _is_known(self, char: str) -> bool:
+        known = self.tokenizer.token_to_id
+        return known(char) is not None or known(f"##{char}") is not None
+
+    def report(self) -> list[str]:
+        """给用户看的各行。"""
+        num_dialogues = self.lengths.total()
+        num_utterances = sum(turns * count for turns, count in self.turns.items())
+        num_tokens = sum(length * count for length, count in self.lengths.items())
+        num_long = sum(count for length, count in self.lengths.items() if length > self.max_len)
+        lines = [
+            f"对话 {num_dialogues:,} 段，共 {num_utterances:,} 句、{num_tokens:,} 个 token",
+            f"每段句数：{_quantiles(self.turns)}",
+            f"每段 token 数：{_quantiles(self.lengths)}",
+            f"超过 --max_len {self.max_len} 而要截断的：{_share(num_long, num_dialogues)}",
+            f"[UNK]：{_share(self.num_unk, num_tokens)}"
+            + "".join(f"  {char!r}×{count}" for char, count in self.unknown.most_common(10)),
+            f"重复的对话：{_share(self.num_repeated_dialogues, num_dialogues)}",
+            f"重复的句子：{_share(self.num_repeated_utterances, num_utterances)}",
+        ]
+        for suspicion, count in self.suspicions.most_common():
+            lines.append(f"可疑（{suspicion}）：{_share(count, num_utterances)}")
+            lines += [f"    {place!s}" for place in map(_printable, self.places[suspicion])]
+        for number, token_ids in enumerate(self.first, 1):
+            lines.append(f"第 {number} 段按这样训练：{self._as_trained(token_ids)}")
+        return lines + [f"建议：{advice}" for advice in self._advice(num_long, num_dialogues)]
+
+    def _as_trained(self, token_ids: Sequence[int]) -> str:
+        """截断之后、标出特殊 token 的样子。"""
+        ids = special_ids(self.tokenizer)
+        parts: list[str] = []
+        text: list[int] = []
+        for token_id in token_ids[: self.max_len]:
+            if token_id in (ids.cls, ids.sep, ids.unk):
+                parts += [
+                    decode_response(self.tokenizer, text),
+                    self.tokenizer.id_to_token(token_id),
+                ]
+                text = []
+            else:
+                text.append(token_id)
+        return "".join([*parts, decode_response(self.tokenizer, text)])
+
+    def _advice(self, num_long: int, num_dialogues: int) -> list[str]:
+        num_single = self.turns[1]
+        advice = []
+        if num_single:
+            advice.append(f"{num_single:,} 段对话只有一句话，可用 --min_turns 2 去掉")
+        if self.num_repeated_dialogues:
+            repeated = f"{self.num_repeated_dialogues:,}"
+            advice.append(f"{repeated} 段对话与前面的完全相同，可用 --drop_duplicates 去掉")
+        if 20 * num_long > num_dialogues:
+            advice.append(
+                f"{num_long:,} 段对话比 --max_len {self.max_len} 长，"
+                "训练时可把 train.py 的 --max_len 调大"
+            )
+        if 100 * self.num_unk > sum(n * count for n, count in self.lengths.items()):
+            advice.append("[UNK] 超过百分之一，可用 --build_vocab 13317 由语料学一份词表")
+        if self.suspicions["乱码"]:
+            advice.append("有乱码，请看看上面几行；若整篇如此，用 --encoding 指定真正的编码")
+        return advice or ["没有发现要处理的地方，可以去掉 --check 正式运行"]
+
+
+def find_suspicions(utterance: str) -> list[str]:
+    """一句话可疑在哪里；没有就是空列表。"""
+    found = [name for name, pattern in SUSPICIONS.items() if pattern.search(utterance)]
+    if len(utterance) > LONG_UTTERANCE:
+        found.append("太长")
+    if not _LETTER.search(utterance):
+        found.append("没有文字")
+    return found
+
+
+def _where(dialogue: Dialogue, index: int, turns: Counter[int]) -> str:
+    if dialogue.lines:
+        return f"第 {dialogue.lines[index]} 行"
+    return f"第 {turns.total()} 段"
+
+
+def _printable(text: str) -> str:
+    """控制字符写成转义，免得弄乱终端。"""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,}（{100 * count / max(total, 1):.2f}%）"
+
+
+def quantile(counts: Counter[int], share: float) -> int:
+    """从小到大排在 share 处的值；counts 是值到个数，不空。"""
+    rank = share * (counts.total() - 1)
+    for value in sorted(counts):
+        rank -= counts[value]
+        if rank < 0:
+            return value
+    return max(counts)
+
+
+def _quantiles(counts: Counter[int]) -> str:
+    mean = sum(value * count for value, count in counts.items()) / counts.total()
+    parts = [f"平均 {mean:.1f}", f"最少 {min(counts)}"]
+    parts += [f"{share:.0%} 不超过 {quantile(counts, share)}" for share in (0.5, 0.9, 0.99)]
+    return "，".join([*parts, f"最多 {max(counts)}"])
+
+
+def save_length_histogram(path: Path, lengths: Counter[int], max_len: int) -> None:
+    """把每段对话的 token 数画成直方图（PNG）。
+
+    Raises:
+        UserError: 没有安装 matplotlib。
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("画图需要 matplotlib：请 pip install matplotlib，或去掉 --plot") from error
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    values = list(lengths)
+    axes.hist(values, bins=60, weights=[lengths[value] for value in values])
+    axes.axvline(max_len, color="tab:red", label=f"--max_len {max_len}")
+    axes.set(xlabel="tokens per dialogue", ylabel="dialogues", yscale="log")
+    axes.legend()
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")

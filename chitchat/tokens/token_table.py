@@ -1,0 +1,169 @@
+"""token 表：全部对话的 token id，由 train.pkl 读入，或由文件夹映射进内存。
+
+形状记号: D 对话总数   N token 总数
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chitchat.errors import UserError
+from chitchat.tokens.token_writer import META_NAME, OFFSETS_NAME, TOKENS_NAME, meta_path
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """全部对话的 token，首尾相接存成一个数组，比 list[list[int]] 省内存几十倍。
+
+    Attributes:
+        tokens: 形状 (N,)，无符号整数。
+        offsets: 形状 (D+1,)，int64；第 i 段对话是 ``tokens[offsets[i]:offsets[i+1]]``。
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """每段对话的 token 数，形状 (D,)，int64。"""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def from_dialogues(
+        cls, dialogues: Iterable[Sequence[int]], dtype: np.dtype | type = np.uint32
+    ) -> TokenTable:
+        """由 token id 列表的列表构造，每个 id 以 dtype 存放。"""
+        rows = [np.asarray(token_ids, dtype=dtype) for token_ids in dialogues]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return cls(np.concatenate(rows) if rows else np.zeros(0, dtype), offsets)
+
+
+class _ListUnpickler(pickle.Unpickler):
+    """只认列表和整数的 Unpickler：train.pkl 里不需要任何类，有类就拒绝，代码不会被执行。"""
+
+    def find_class(self, module: str, name: str) -> type:
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def load_token_table(path: Path, vocab_size: int, vocab_fingerprint: str = "") -> TokenTable:
+    """读 train.pkl，或映射 preprocess.py 写出的文件夹，检查内容，返回 token 表。
+
+    文件夹只映射进内存：各进程共用，多大的语料都一样。
+
+    Args:
+        path: preprocess.py 生成的 .pkl 文件或文件夹。
+        vocab_size: 模型的词表大小，所有 token id 必须小于它。
+        vocab_fingerprint: 训练所用词表的指纹；与语料的说明里记的不同就拒绝，空串表示不查。
+
+    Raises:
+        UserError: 不存在、已损坏、带有代码、没有对话、id 越界，或词表与预处理时的不同。
+    """
+    if path.is_dir() and (path / META_NAME).is_file():
+        return _map_folder(path, vocab_size, vocab_fingerprint)
+    if not path.is_file():
+        raise UserError(
+            f"找不到训练数据 {path}：请先运行 python preprocess.py，或用 --train_path 指定"
+        )
+    dialogues = _load_lists(path)
+    smallest = min(min(row) for row in dialogues)
+    largest = max(max(row) for row in dialogues)
+    if smallest < 0 or largest >= vocab_size:
+        raise UserError(
+            f"{path} 里的 token id 从 {smallest} 到 {largest}，超出词表大小 {vocab_size}："
+            "预处理和训练用的词表不同，请用同一个 --vocab_path 重新运行 python preprocess.py"
+        )
+    table = TokenTable.from_dialogues(dialogues, np.min_scalar_type(vocab_size - 1))
+    if meta_path(path).is_file():
+        meta = _read_meta(meta_path(path))
+        # 数目对不上，就是别的工具后来改写了 .pkl，那份说明不是它的。
+        if (meta.get("dialogues"), meta.get("tokens")) == (len(table), len(table.tokens)):
+            _check_vocab(path, meta, vocab_fingerprint)
+    return table
+
+
+def is_encoded_with(path: Path, vocab_fingerprint: str) -> bool:
+    """训练数据的说明里是否记着它用这份词表编码；没有说明时是 False。"""
+    if not meta_path(path).is_file():
+        return False
+    return _read_meta(meta_path(path)).get("vocab_fingerprint") == vocab_fingerprint
+
+
+def _load_lists(path: Path) -> list[list[int]]:
+    """读 train.pkl 里不空的对话，只认列表和整数。"""
+    advice = "请重新运行 python preprocess.py"
+    try:
+        with path.open("rb") as file:
+            dialogues = _ListUnpickler(file).load()
+    except Exception as error:  # 损坏的 pickle 可以抛出任何异常
+        raise UserError(
+            f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，发现 {error}；{advice}"
+        ) from error
+    is_nested_list = isinstance(dialogues, list) and all(isinstance(row, list) for row in dialogues)
+    if not is_nested_list or not all(type(token) is int for row in dialogues for token in row):
+        raise UserError(f"{path} 的内容不是 list[list[int]]；{advice}")
+    if all(len(row) < 2 for row in dialogues):  # 只有 [CLS]，没有要预测的 token
+        raise UserError(f"{path} 里没有对话；请检查 preprocess.py 的 --train_path 指向的语料")
+    return [row for row in dialogues if row]
+
+
+def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTable:
+    """映射文件夹里的两个数组；编码时用的词表不大于模型的，id 就不会越界。"""
+    meta = _read_meta(path / META_NAME)
+    _check_vocab(path, meta, vocab_fingerprint)
+    advice = "请重新运行 python preprocess.py"
+    try:
+        tokens, offsets = (
+            np.load(path / name, mmap_mode="r") for name in (TOKENS_NAME, OFFSETS_NAME)
+        )
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"训练数据 {path} 已损坏（{error}）；{advice}") from error
+    is_whole = (
+        tokens.ndim == offsets.ndim == 1
+        and tokens.dtype.kind == "u"
+        and offsets.dtype == np.int64
+        and len(offsets) > 1
+        and offsets[0] == 0
+        and offsets[-1] == len(tokens)
+        and bool(np.all(np.diff(offsets) > 0))
+    )
+    if not is_whole:
+        raise UserError(f"训练数据 {path} 已损坏（两个数组对不上）；{advice}")
+    if meta.get("vocab_size", 0) > vocab_size:
+        raise UserError(
+            f"{path} 是用 {meta['vocab_size']} 项的词表编码的，超出模型的词表大小 {vocab_size}："
+            "请用同一个 --vocab_path 重新运行 python preprocess.py"
+        )
+    return TokenTable(tokens, offsets)
+
+
+def _read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"训练数据的说明 {path} 已损坏（{error}）；请重新运行 python preprocess.py"
+        ) from error
+    return meta if isinstance(meta, dict) else {}
+
+
+def _check_vocab(path: Path, meta: dict, vocab_fingerprint: str) -> None:
+    saved = meta.get("vocab_fingerprint", "")
+    if vocab_fingerprint and saved and saved != vocab_fingerprint:
+        raise UserError(
+            f"{path} 是用另一份词表编码的（{meta.get('vocab_path', '未记下')}，"
+            f"{meta.get('vocab_size', '?')} 项）：请把 --vocab_path 换成那一份，"
+            "或用现在的词表重新运行 python preprocess.py"
+        )

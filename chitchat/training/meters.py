@@ -1,0 +1,127 @@
+"""训练的衡量与判断：按 token 平均、速度、验证、早停。"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chitchat.training.dataset import Batch
+from chitchat.training.processes import Processes
+from chitchat.training.updater import Updater
+
+
+@dataclass
+class TokenAverage:
+    """按 token 累计的 loss 与准确率：和与个数分别相加，最后只除一次。"""
+
+    loss_sum: float = 0.0  # nat
+    num_tokens: int = 0
+    num_correct: int = 0
+
+    def add(self, sums: Tensor) -> None:
+        """加上 LossModule 给出的三个数，形状 (3,)。"""
+        loss_sum, num_tokens, num_correct = sums.tolist()
+        self.loss_sum += loss_sum
+        self.num_tokens += int(num_tokens)
+        self.num_correct += int(num_correct)
+
+    @property
+    def loss(self) -> float:
+        """平均 loss，nat 每 token；一个 token 也没有时是 NaN。"""
+        return self.loss_sum / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """猜对下一个 token 的比例，0 到 1。"""
+        return self.num_correct / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def ppl(self) -> float:
+        """困惑度 exp(loss)；太大时是 inf。"""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class EarlyStopping:
+    """验证 loss 连续 patience 轮没有变好就停。"""
+
+    def __init__(self, patience: int) -> None:
+        """建立计数器；patience 为 0 表示从不停。"""
+        self.patience = patience
+        self.best_loss = math.inf
+        self.num_bad_epochs = 0
+
+    def update(self, val_loss: float) -> bool:
+        """记下一轮的验证 loss，返回它是不是目前最好的。"""
+        is_best = val_loss < self.best_loss
+        self.best_loss = min(self.best_loss, val_loss)
+        self.num_bad_epochs = 0 if is_best else self.num_bad_epochs + 1
+        return is_best
+
+    @property
+    def should_stop(self) -> bool:
+        """是否已经连续 patience 轮没有变好。"""
+        return 0 < self.patience <= self.num_bad_epochs
+
+
+class Meter:
+    """一轮训练中的累计：全轮的平均，以及上次读取以来的平均和速度。
+
+    各步的和先留在设备上，读取时才取回，因此不必每步等待 GPU。
+    """
+
+    def __init__(
+        self, device: torch.device, processes: Processes, epoch: TokenAverage | None = None
+    ) -> None:
+        """开始累计。
+
+        Args:
+            device: 各步的和所在的设备。
+            processes: 进程分工，读取时各进程相加。
+            epoch: 断点续训时，本轮此前的累计。
+        """
+        self._processes = processes
+        self._recent = torch.zeros(3, dtype=torch.float64, device=device)
+        self.epoch = epoch or TokenAverage()
+        self._num_resumed = self.epoch.num_tokens
+        self._started = self._last_read = time.perf_counter()
+
+    def add(self, sums: Tensor) -> None:
+        """加上一步的三个和，形状 (3,)。"""
+        self._recent += sums
+
+    def read_recent(self) -> tuple[TokenAverage, float]:
+        """上次读取以来的平均，以及每秒训练的 token 数（不含补齐）。"""
+        recent = TokenAverage()
+        sums = self._processes.sum(self._recent)
+        recent.add(sums)
+        self.epoch.add(sums)
+        now = time.perf_counter()
+        speed = recent.num_tokens / max(now - self._last_read, 1e-9)
+        self._recent.zero_()
+        self._last_read = now
+        return recent, speed
+
+    def read_epoch(self) -> tuple[TokenAverage, float]:
+        """整轮的平均，以及每秒训练的 token 数（不含补齐）。"""
+        self.read_recent()
+        seconds = max(self._last_read - self._started, 1e-9)
+        return self.epoch, (self.epoch.num_tokens - self._num_resumed) / seconds
+
+
+def evaluate(updater: Updater, batches: Iterable[Batch]) -> TokenAverage:
+    """在全部验证对话上各算一次，不更新；多进程时每个进程算自己的一份再相加。"""
+    loss_module = updater.loss_module
+    was_training = loss_module.training
+    loss_module.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=updater.device)
+    for batch in batches:
+        sums += updater.forward(batch)
+    loss_module.train(was_training)
+    average = TokenAverage()
+    average.add(updater.processes.sum(sums))
+    return average

@@ -1,0 +1,128 @@
+"""多进程训练的分工：torchrun 启动的一组进程里，本进程是哪一个，怎样相加、商量和收集。"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chitchat.devices import select_devices
+from chitchat.errors import UserError
+
+DEFAULT_DEVICE = "0"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """本进程的位置；不用 torchrun 时是唯一的一个，所有方法都原样返回。"""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Processes:
+        """读 torchrun 设置的环境变量。"""
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        return cls(*(int(os.environ.get(name, value)) for name, value in defaults.items()))
+
+    @property
+    def is_main(self) -> bool:
+        """写日志和文件的那一个。"""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def join(self, device: torch.device) -> Iterator[None]:
+        """加入进程组，结束时离开：GPU 上的张量走 NCCL，CPU 上的走 Gloo。"""
+        if self.world_size == 1:
+            yield
+            return
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """各进程的同名张量相加；原地修改并返回 values。"""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """任何一个进程的 flag 为真，所有进程都得到真。"""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, value: object) -> list[object]:
+        """收集各进程的一个小对象，按 rank 排列，每个进程都得到整个列表。"""
+        if self.world_size == 1:
+            return [value]
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, compute: Callable[[], object]) -> object:
+        """由主进程算出一个对象，每个进程都得到它；例如只在第一台机器的磁盘上的训练状态。
+
+        Args:
+            compute: 只在主进程里调用，没有参数。
+
+        Raises:
+            UserError: compute 在主进程里报的，每个进程都报。
+        """
+        if self.world_size == 1:
+            return compute()
+        answer: list[object] = [None]
+        if self.is_main:
+            try:
+                answer = [compute()]
+            except UserError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        return answer[0]
+
+
+def choose_devices(names: str, processes: Processes, *, no_cuda: bool) -> list[torch.device]:
+    """用 torchrun 时每个进程一块卡，否则是 names 里的全部；第一块成为当前的卡。
+
+    Args:
+        names: ``--device`` 的取值；用 torchrun 时，默认的 ``0`` 表示由 local_rank 决定。
+        processes: 进程分工。
+        no_cuda: True 时总是用 CPU。
+
+    Raises:
+        UserError: 写法不对，没有这块卡，或列出的卡比这台机器的进程少。
+    """
+    if processes.world_size > 1 and names == DEFAULT_DEVICE:
+        names = str(processes.local_rank)
+    devices = select_devices(names, no_cuda=no_cuda)
+    if processes.world_size > 1 and len(devices) > 1:
+        if processes.local_rank >= len(devices):
+            raise UserError(
+                f"--device {names} 只有 {len(devices)} 块卡，这台机器的进程更多："
+                "请给每个进程一块，或不写 --device"
+            )
+        devices = [devices[processes.local_rank]]
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
+    return devices
+
+
+def parallelize(
+    loss_module: nn.Module, devices: list[torch.device], processes: Processes
+) -> nn.Module:
+    """按设备和进程数套上 DataParallel 或 DistributedDataParallel。"""
+    if processes.world_size > 1:
+        return nn.parallel.DistributedDataParallel(
+            loss_module, device_ids=devices if devices[0].type == "cuda" else None
+        )
+    if len(devices) > 1:
+        return nn.DataParallel(loss_module, device_ids=devices)
+    return loss_module

@@ -1,0 +1,168 @@
+"""训练时给用户看的：进度条、日志、TensorBoard、曲线图、示例回复。"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from chitchat.files import atomic_file
+from chitchat.training.meters import TokenAverage
+
+logger = logging.getLogger(__name__)
+
+ESTIMATE_AFTER_SECONDS = 10
+
+
+class TrainingLog:
+    """训练循环里的进度条、日志和 TensorBoard，用完要 close。"""
+
+    def __init__(self, log_dir: Path | None, *, total_steps: int, first_step: int) -> None:
+        """打开记录。
+
+        Args:
+            log_dir: TensorBoard 的文件夹；None（不是主进程）时什么也不显示、不写。
+            total_steps: 全部更新次数。
+            first_step: 断点续训的起点，从头开始是 0。
+        """
+        self._writer = MetricWriter(log_dir, first_step)
+        self._clock = Estimate(total_steps, first_step)
+        is_hidden = True if log_dir is None else None  # None：不是终端就不显示
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=is_hidden)
+
+    def advance(self, step: int) -> None:
+        """做完了第 step 次更新。"""
+        self._bar.update()
+        self._clock.report(step)
+
+    def write_step(
+        self, step: int, recent: TokenAverage, speed: float, *, lr: float, grad_norm: float
+    ) -> None:
+        """最近几步的平均，speed 的单位是 token 每秒。"""
+        self._bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
+        self._writer.write(
+            step,
+            train_loss=recent.loss,
+            train_accuracy=recent.accuracy,
+            train_lr=lr,
+            train_grad_norm=grad_norm,
+            train_tokens_per_second=speed,
+        )
+
+    def write_epoch(
+        self,
+        step: int,
+        epoch: int,
+        average: TokenAverage,
+        validation: TokenAverage,
+        *,
+        lr: float,
+        speed: float,
+    ) -> None:
+        """一轮的结果：一行日志和 TensorBoard 的验证指标；epoch 从 1 数。"""
+        self._writer.write(
+            step,
+            val_loss=validation.loss,
+            val_ppl=validation.ppl,
+            val_accuracy=validation.accuracy,
+        )
+        logger.info(
+            "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
+            "tokens_per_second=%.0f",
+            epoch,
+            average.loss,
+            average.accuracy,
+            validation.loss,
+            validation.ppl,
+            lr,
+            speed,
+        )
+
+    def write_samples(self, step: int, text: str) -> None:
+        """几句示例回复，Markdown。"""
+        self._writer.write_text(step, "samples", text)
+
+    def close(self) -> None:
+        """收起进度条，写完 TensorBoard 的缓冲。"""
+        self._bar.close()
+        self._writer.close()
+
+
+class MetricWriter:
+    """把指标写进 TensorBoard；``log_dir`` 为 None 时什么也不做。"""
+
+    def __init__(self, log_dir: Path | None, first_step: int = 0) -> None:
+        """打开记录。
+
+        Args:
+            log_dir: TensorBoard 的文件夹，None 表示不写。
+            first_step: 断点续训的起点，此前一次运行写下的更晚的点不再显示。
+        """
+        self._writer = None
+        if log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(log_dir), purge_step=first_step + 1 if first_step else None
+            )
+
+    def write(self, step: int, **metrics: float) -> None:
+        """写一组数；名字里的第一个下划线换成斜线，``train_loss`` 记作 ``train/loss``。"""
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name.replace("_", "/", 1), value, step)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """写一段 Markdown 文字。"""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        """把缓冲写完。"""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Estimate:
+    """训练开始十秒后，估计整个训练还要多久，写一行日志。"""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._started = time.perf_counter()
+        self._is_done = False
+
+    def report(self, step: int) -> None:
+        """到时候就写，只写一次。"""
+        elapsed = time.perf_counter() - self._started
+        if not self._is_done and elapsed > ESTIMATE_AFTER_SECONDS:
+            self._is_done = True
+            rate = elapsed / (step - self._first_step)
+            minutes = rate * (self._total_steps - step) / 60
+            logger.info("estimated_minutes_left=%.1f seconds_per_step=%.3f", minutes, rate)
+
+
+def save_loss_curve(path: Path, train_losses: Sequence[float], val_losses: Sequence[float]) -> bool:
+    """画出每轮的训练和验证 loss；没有安装 matplotlib 时不画，返回是否画了。"""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = range(1, len(train_losses) + 1)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(epochs, train_losses, marker="o", label="train/loss")
+    axes.plot(epochs, val_losses, marker="o", label="val/loss")
+    axes.set(xlabel="epoch", ylabel="loss (nat per token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,166 @@
+"""检查与筛选、由语料学词表：报告的数是手算的，什么也不多写。"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import BertTokenizerFast
+
+from chitchat.cli import configure_logging
+from chitchat.corpus.check import find_suspicions, quantile
+from chitchat.errors import UserError
+from chitchat.tokens.tokenizer import encode_utterances, load_tokenizer
+from chitchat.tokens.vocabulary_learning import KEPT_TOKENS
+from preprocess import main
+
+TEXT = """你好
+再见
+
+你好
+再见
+
+龘龘好龘
+https://a.com
+
+鈥攁\u0085b
+锟斤拷
+……
+"""
+
+
+@pytest.fixture(autouse=True)
+def _close_log() -> Iterator[None]:
+    yield
+    configure_logging(None, console=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path, vocab_path: Path) -> Callable[..., int]:
+    """在 tmp_path 里运行 main。"""
+    (tmp_path / "train.txt").write_text(TEXT, encoding="utf-8")
+
+    def call(*options: object, vocab: Path = vocab_path) -> int:
+        paths = ["--train_path", tmp_path / "train.txt", "--log_path", tmp_path / "log"]
+        paths += ["--save_path", tmp_path / "train.pkl", "--vocab_path", vocab]
+        return main([str(option) for option in [*paths, *options]])
+
+    return call
+
+
+def test_report_says_what_was_understood_and_writes_nothing(run, tmp_path, capsys):
+    assert run("--check", "--max_len", 8) == 0
+    report = capsys.readouterr().out
+    for text in (
+        "train.txt：text 格式，utf-8-sig 编码，LF 换行\n",
+        "对话 4 段，共 9 句",
+        "'龘'×3",
+        "重复的对话：1（25.00%）",
+        "重复的句子：2（22.22%）",
+        "可疑（乱码）：1",
+        "train.txt 第 11 行：锟斤拷",
+        "可疑（不算换行的换行符）：1",
+        "train.txt 第 10 行：鈥攁\\x85b",
+        "可疑（网址）：1",
+        "train.txt 第 8 行：https",
+        "可疑（没有文字）：1",
+        "第 1 段按这样训练：[CLS]你好[SEP]再见[SEP]",
+        "1 段对话与前面的完全相同，可用 --drop_duplicates 去掉",
+    ):
+        assert text in report
+    assert {path.name for path in tmp_path.iterdir()} == {"train.txt", "log", "tiny_vocab.txt"}
+
+
+def test_filters_reach_the_pickle_and_the_note(run, tmp_path):
+    assert run("--drop_duplicates", "--max_turns", 2, "--max_dialogues", 1) == 0
+    assert len(pickle.loads((tmp_path / "train.pkl").read_bytes())) == 1
+    note = json.loads((tmp_path / "train.pkl.json").read_text(encoding="utf-8"))
+    assert (note["dialogues"], note["utterances"], note["options"]["max_turns"]) == (1, 2, 2)
+    with pytest.raises(UserError, match="--min_turns"):
+        run("--min_turns", 9)
+
+
+def test_folder_holds_the_same_ids_as_the_pickle(run, tmp_path):
+    assert run() == run("--save_path", tmp_path / "table") == 0
+    rows = pickle.loads((tmp_path / "train.pkl").read_bytes())
+    tokens, offsets = (np.load(tmp_path / "table" / f"{n}.npy") for n in ("tokens", "offsets"))
+    assert tokens.tolist() == [token for row in rows for token in row]
+    assert offsets.tolist() == [0, *np.cumsum([len(row) for row in rows]).tolist()]
+    notes = [tmp_path / "train.pkl.json", tmp_path / "table" / "meta.json"]
+    assert len({path.read_text(encoding="utf-8") for path in notes}) == 1
+
+
+def test_learned_vocabulary_keeps_letters_and_is_used_at_once(run, tmp_path):
+    path = tmp_path / "mine.txt"
+    size = len(KEPT_TOKENS) + 6
+    assert run("--build_vocab", size, vocab=path) == 0
+    entries = path.read_text(encoding="utf-8").split("\n")[:-1]
+    assert entries[: len(KEPT_TOKENS)] == list(KEPT_TOKENS)
+    assert entries[100:104] == ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert len(entries) == len(set(entries)) == size
+    assert {"好", "龘"} <= set(entries)  # 出现最多的字
+    note = json.loads((tmp_path / "train.pkl.json").read_text(encoding="utf-8"))
+    assert note["vocab_size"] == size
+    with pytest.raises(UserError, match="已经存在"):
+        run("--build_vocab", size, vocab=path)
+
+
+def test_wrong_bert_vocabulary_is_refused_and_nothing_written(run, tmp_path, vocab_path):
+    with pytest.raises(UserError, match="bert-base-chinese"):
+        run("--bert_vocab", vocab_path, vocab=tmp_path / "new.txt")
+    assert not (tmp_path / "new.txt").exists()
+
+
+def test_histogram_is_a_png(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run("--plot", tmp_path / "a.png") == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("今天天气真不错", []),
+        ("café à la carte", []),
+        ("ä½\xa0å¥½", ["乱码", "控制字符"]),
+        ("字" * 501, ["太长"]),
+        ("😂", ["没有文字"]),
+    ],
+)
+def test_suspicions(text, found):
+    assert [name for name in find_suspicions(text) if name != "控制字符"] == [
+        name for name in found if name != "控制字符"
+    ]
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.9, 1])
+def test_quantile_is_that_of_the_sorted_values(share):
+    values = [3, 3, 3, 1, 9, 9, 4, 4, 4, 4, 2]
+    expected = np.quantile(values, share, method="lower")
+    assert quantile(Counter(values), share) == expected
+
+
+def test_random_strings_of_all_unicode_encode_as_bert_does(vocab_path):
+    generator = random.Random(0)
+    pools = [range(32, 127), range(0x4E00, 0x9FFF), range(0x300, 0x370), range(0x20)]
+    pools += [range(0x1F300, 0x1FAFF), [*range(0xD800), *range(0xE000, 0x110000)]]
+    texts = [
+        "".join(chr(generator.choice(generator.choice(pools))) for _ in range(length))
+        for length in [*range(40)] * 25 + [3000]
+    ]
+    bert = BertTokenizerFast(vocab=str(vocab_path), do_lower_case=True)
+    ours = encode_utterances(load_tokenizer(vocab_path), texts)
+    assert ours == bert(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_mixed_line_ends_are_reported(run, tmp_path, capsys):
+    (tmp_path / "train.txt").write_bytes("你好\r\n再见\n\n好\r".encode())
+    assert run("--check") == 0
+    line = capsys.readouterr().out.split("\n")[0]
+    assert all(name in line for name in ("CR、", "LF", "CRLF", "混用"))
