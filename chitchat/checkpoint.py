@@ -168,7 +168,9 @@ def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) ->
     for folder in save_model_dir.glob("epoch*"):
         number = folder.name.removeprefix("epoch")
         if limit and number.isdigit() and int(number) <= last_epoch - limit:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.resolve())
+            if folder.is_symlink():
+                folder.unlink()
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:

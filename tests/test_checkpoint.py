@@ -86,6 +86,14 @@ def test_only_the_newest_epoch_folders_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names} - {"epoch2", "epoch9"}
 
 
+def test_old_epoch_folder_that_is_a_link_is_removed_with_what_it_points_to(tmp_path):
+    (tmp_path / "disk" / "one").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "epoch1").symlink_to(tmp_path / "disk" / "one")
+    remove_old_checkpoints(tmp_path / "model", 1, 2)
+    assert list((tmp_path / "model").iterdir()) == list((tmp_path / "disk").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "texts",
     [

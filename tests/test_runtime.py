@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import subprocess
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from chitchat.cli import CliParser, bounded, configure_logging, run_cli
 from chitchat.devices import seed_everything, select_devices
@@ -292,3 +295,64 @@ def test_folder_set_aside_by_a_killed_run_comes_back_when_the_next_one_fails(tmp
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "epoch1"):
         raise RuntimeError
     assert [path.name for path in (tmp_path / "epoch1").iterdir()] == ["old"]
+
+
+def test_file_is_written_through_a_link_and_the_link_stays(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "real.pkl").write_text("old")
+    link = tmp_path / "train.pkl"
+    link.symlink_to("disk/real.pkl")
+    with atomic_file(link) as partial:
+        partial.write_text("new")
+        assert partial.parent == disk
+    assert link.is_symlink()
+    assert (disk / "real.pkl").read_text() == "new"
+    assert [path.name for path in disk.iterdir()] == ["real.pkl"]
+
+
+def test_folder_is_written_through_a_link_and_the_link_stays(tmp_path):
+    disk = tmp_path / "disk"
+    write_folder(disk, config="old", stale="old")
+    link = tmp_path / "model" / "epoch1"
+    link.parent.mkdir()
+    link.symlink_to(disk)
+    for text in ("new", "newer"):
+        with atomic_directory(link) as partial:
+            write_folder(partial, config=text)
+        assert link.is_symlink()
+        assert read_folder(disk) == {"config": text}
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "model"}
+
+
+WRITE_SLOWLY = """
+import sys
+from pathlib import Path
+from chitchat.files import atomic_directory, atomic_file
+kind, path = sys.argv[1], Path(sys.argv[2])
+with (atomic_directory if kind == "folder" else atomic_file)(path) as partial:
+    (partial / "a" if kind == "folder" else partial).write_text("other")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_processes_never_destroy_each_others_temporary_files(tmp_path, kind, is_killed):
+    path = tmp_path / "out" / "epoch1"
+    command = [sys.executable, "-c", WRITE_SLOWLY, kind, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, cwd=ROOT, text=True) as other:
+        assert other.stdout.readline() == "writing\n"
+        if is_killed:
+            other.kill()
+            other.wait()
+        with (atomic_directory if kind == "folder" else atomic_file)(path) as partial:
+            (partial / "a" if kind == "folder" else partial).write_text("mine")
+        if not is_killed:
+            _, err = other.communicate()
+            assert err == ""
+    written = (path / "a" if kind == "folder" else path).read_text()
+    assert written == ("mine" if is_killed else "other")
+    assert [item.name for item in path.parent.iterdir()] == ["epoch1"]
