@@ -217,8 +217,10 @@ def read_input(path: Path) -> Iterator[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
-    args = build_parser().parse_args(argv)
-    configure_logging(args.log_path, console=False)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    is_default_log = args.log_path is parser.get_default("log_path")
+    configure_logging(args.log_path, console=False, is_default=is_default_log)
     check_arguments(args)
     options = SamplingOptions(
         greedy=args.greedy, **{k.field: getattr(args, k.field) for k in KNOBS.values()}

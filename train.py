@@ -377,9 +377,15 @@ def log_overview(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    is_default_log = args.log_path is parser.get_default("log_path")
     processes = Processes.from_environment()
-    configure_logging(args.log_path if processes.is_main else None, console=processes.is_main)
+    configure_logging(
+        args.log_path if processes.is_main else None,
+        console=processes.is_main,
+        is_default=is_default_log,
+    )
     quiet_transformers()
     for name in ("log", "gpu0_bsz"):
         if getattr(args, name) is not None:

@@ -158,6 +158,38 @@ def test_log_file_gets_each_record_once_and_the_root_logger_is_untouched(tmp_pat
     assert (root.level, list(root.handlers)) == before
 
 
+@pytest.mark.usefixtures("_project_logger")
+@pytest.mark.parametrize("name", ["occupied/x.log", "folder"])
+def test_default_log_that_cannot_be_opened_is_one_warning(name, tmp_path, capsys):
+    (tmp_path / "occupied").write_text("x")
+    (tmp_path / "folder").mkdir()
+    configure_logging(tmp_path / name, is_default=True)
+    logging.getLogger("chitchat.train").info("epoch=%d", 3)
+    err = capsys.readouterr().err
+    assert err.startswith("警告：")
+    assert err.count("警告") == 1
+    for word in (name, "--log_path", "epoch=3"):
+        assert word in err
+    configure_logging(tmp_path / name, console=False, is_default=True)
+    with pytest.raises(OSError, match=r"directory|exists"):
+        configure_logging(tmp_path / name)
+
+
+@pytest.mark.usefixtures("_project_logger")
+def test_full_disk_under_the_log_is_one_warning(monkeypatch, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    configure_logging(Path("/dev/full"))
+    for epoch in range(3):
+        logging.getLogger("chitchat.train").info("epoch=%d", epoch)
+    configure_logging(None, console=False)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("警告") == 1
+    assert "/dev/full" in err
+    assert all(f"epoch={epoch}" in err for epoch in range(3))
+
+
 @pytest.mark.parametrize(
     ("device", "no_cuda", "num_gpus", "expected"),
     [
