@@ -16,6 +16,7 @@ from chitchat.architecture import check_vocab_size
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
 from chitchat.chat.repl import Repl, Transcript
 from chitchat.checkpoint import (
+    check_same_vocab,
     has_tokenizer,
     load_model_tokenizer,
     read_config,
@@ -192,6 +193,9 @@ def check_models(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
             check_vocab_size(config["vocab_size"], tokenizer, path)
         if isinstance(config.get("n_positions"), int):
             check_max_len(args.max_len, config["n_positions"])
+    if args.vocab_path is not None:
+        remedy = "请去掉 --vocab_path，用模型自带的"
+        check_same_vocab(args.model_path, tokenizer, args.vocab_path, remedy)
     if args.mmi_model_path is None or not has_tokenizer(args.mmi_model_path):
         return
     backward = load_model_tokenizer(args.mmi_model_path, None)

@@ -20,7 +20,12 @@ from transformers import GPT2LMHeadModel
 from chitchat.architecture import build_model, check_vocab_size
 from chitchat.chat.layers import build_activation
 from chitchat.chat.samples import sample_replies
-from chitchat.checkpoint import load_model, remove_old_checkpoints, save_checkpoint
+from chitchat.checkpoint import (
+    check_same_vocab,
+    load_model,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from chitchat.cli import (
     CliParser,
     bounded,
@@ -176,6 +181,12 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
     if args.pretrained_model:
         model = load_model(args.pretrained_model)
         check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
+        check_same_vocab(
+            args.pretrained_model,
+            tokenizer,
+            args.vocab_path,
+            f"请给 preprocess.py 和 train.py 都加上 --vocab_path {args.pretrained_model}",
+        )
     else:
         is_own_vocab = is_encoded_with(args.train_path, vocab_fingerprint(tokenizer))
         model = build_model(args.model_config, tokenizer, follow_vocab=is_own_vocab)

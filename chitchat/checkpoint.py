@@ -6,6 +6,7 @@ torch 与 transformers 用到时才导入：对话只需要这里的检查，不
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import shutil
@@ -134,6 +135,34 @@ def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
     return load_tokenizer(directory)
 
 
+def check_same_vocab(model_dir: str, tokenizer: Tokenizer, vocab_path: Path, remedy: str) -> None:
+    """确认 vocab_path 与模型自带的词表逐项相同；文件夹里没有（或读不出）词表时无从比较。
+
+    Args:
+        model_dir: 模型文件夹。
+        tokenizer: 由 vocab_path 读入的。
+        vocab_path: 用户指定的词表，供错误信息使用。
+        remedy: 不同时怎样改的一句话。
+
+    Raises:
+        UserError: 两份词表不同。
+    """
+    try:
+        own = load_tokenizer(Path(model_dir)) if has_tokenizer(model_dir) else tokenizer
+    except UserError:
+        return
+    theirs, given = vocab_text(own).split("\n"), vocab_text(tokenizer).split("\n")
+    if theirs == given:
+        return
+    pairs = itertools.zip_longest(theirs, given, fillvalue="")
+    index = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    entries = [f"“{vocab[index]}”" if index < len(vocab) else "没有" for vocab in (theirs, given)]
+    raise UserError(
+        f"词表不同：模型 {model_dir} 自带的词表与 {vocab_path} 从第 {index + 1} 项起不同"
+        f"（{entries[0]}与{entries[1]}），同一个 token id 会变成别的字；{remedy}"
+    )
+
+
 def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
     """写一个完整的模型文件夹，transformers、vLLM 等可以直接读；整个出现或不出现。
 
@@ -190,7 +219,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
         unk_token=UNK_TOKEN,
         cls_token=CLS_TOKEN,
         sep_token=SEP_TOKEN,
-        mask_token=MASK_TOKEN,
+        mask_token=MASK_TOKEN if tokenizer.token_to_id(MASK_TOKEN) is not None else None,
         bos_token=CLS_TOKEN,
         eos_token=SEP_TOKEN,
         model_max_length=max_length,

@@ -76,6 +76,20 @@ def test_failed_save_leaves_the_old_folder_as_it_was(saved, make_model, tokenize
     assert [path.name for path in saved.parent.iterdir() if path.is_dir()] == ["epoch1"]
 
 
+def test_vocabulary_without_mask_is_enough(tmp_path, make_model):
+    vocab = [token for token in TINY_VOCAB if token != "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+    assert tokenizer.get_vocab_size() == len(vocab)
+    save_checkpoint(tmp_path / "epoch1", make_model(vocab_size=len(vocab)), tokenizer)
+    again = load_model_tokenizer(str(tmp_path / "epoch1"), None)
+    wrapped = AutoTokenizer.from_pretrained(tmp_path / "epoch1")
+    assert again.get_vocab() == wrapped.get_vocab() == {token: i for i, token in enumerate(vocab)}
+    expected = [CLS, *encode_utterances(tokenizer, ["你[MASK]好"])[0], SEP]
+    rendered = wrapped.apply_chat_template(say("你[MASK]好"), tokenize=True)
+    assert rendered["input_ids"] == expected
+
+
 def test_only_the_newest_epoch_folders_are_kept(tmp_path):
     names = ["epoch2", "epoch9", "epoch10", "epoch11", "min_ppl_model", "epochs", "runs"]
     for name in names:

@@ -298,6 +298,12 @@ def short_vocab(model_dir: Path) -> list[str]:
     return ["--vocab_path", str(path)]
 
 
+def other_vocab_of_the_same_size(model_dir: Path) -> list[str]:
+    path = model_dir.parent / "other.txt"
+    path.write_text("\n".join([*TINY_VOCAB[:104], *reversed(TINY_VOCAB[104:])]), encoding="utf-8")
+    return ["--vocab_path", str(path)]
+
+
 def no_tokenizer(model_dir: Path) -> list[str]:
     (model_dir / "tokenizer.json").unlink()
     (model_dir / "vocab.txt").unlink()
@@ -334,6 +340,7 @@ def mmi_of_another_vocabulary(model_dir: Path) -> list[str]:
         (["--model_path", "."], ["config.json"]),
         (["--vocab_path", "none.txt"], ["none.txt", "--vocab_path"]),
         (short_vocab, [str(len(TINY_VOCAB)), str(len(TINY_VOCAB) - 1), "--vocab_path"]),
+        (other_vocab_of_the_same_size, ["parrot", "other.txt", "第 105 项", "去掉 --vocab_path"]),
         (no_tokenizer, ["tokenizer.json", "vocab.txt", "--vocab_path"]),
         (samples_path_is_a_file, ["occupied"]),
         (damaged_weights, ["model.safetensors"]),
