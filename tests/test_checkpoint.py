@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_VOCAB
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from chitchat.architecture import build_model, check_vocab_size
+from chitchat.chat.loading import load_engine
 from chitchat.checkpoint import (
     load_model,
     load_model_tokenizer,
@@ -235,6 +237,23 @@ def save_bert(directory: Path) -> None:
     BertLMHeadModel(config).save_pretrained(directory)
 
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+ADVICE = (
+    "ignore_mismatched_sizes",
+    "weights_only",
+    "huggingface",
+    "Error while",
+    "You ",
+    "Weights",
+)
+
+
 BREAKAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), ["缺少 config.json"]),
     "no weights": (
@@ -244,7 +263,41 @@ BREAKAGES = {
     "corrupt config": (lambda d: (d / "config.json").write_text("{"), ["config.json"]),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json"]),
     "not GPT-2": (save_bert, ["GPT-2", "bert"]),
-    "other width": (lambda d: edit_config(d, n_embd=32), ["GPT-2"]),
+    "other width": (lambda d: edit_config(d, n_embd=32), ["n_embd", "32", "16"]),
+    "more positions": (lambda d: edit_config(d, n_positions=128), ["n_positions", "128", "64"]),
+    "more positions than the bin": (
+        lambda d: (drop_weights(d, "none"), edit_config(d, n_positions=128)),
+        ["n_positions", "128", "64"],
+    ),
+    "fewer layers": (lambda d: edit_config(d, n_layer=1), ["n_layer 写的是 1", "2"]),
+    "more layers": (lambda d: edit_config(d, n_layer=3), ["n_layer 写的是 3", "2"]),
+    "other vocabulary": (lambda d: edit_config(d, vocab_size=99), ["vocab_size", "99", "213"]),
+    "LFS pointer": (
+        lambda d: (d / "model.safetensors").write_text(LFS_POINTER),
+        ["model.safetensors 是 Git LFS 的指针", "git lfs pull"],
+    ),
+    "LFS pointer as bin": (
+        lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_text(LFS_POINTER)),
+        ["pytorch_model.bin 是 Git LFS 的指针", "git lfs pull"],
+    ),
+    "HTML page": (
+        lambda d: (d / "model.safetensors").write_text("<!DOCTYPE html><html>login</html>"),
+        ["model.safetensors 是一个网页"],
+    ),
+    "HTML page as bin": (
+        lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_text("\n<html>")),
+        ["pytorch_model.bin 是一个网页"],
+    ),
+    "cut safetensors": (lambda d: cut(d / "model.safetensors"), ["model.safetensors 不完整"]),
+    "cut bin": (
+        lambda d: (drop_weights(d, "none"), cut(d / "pytorch_model.bin")),
+        ["pytorch_model.bin 不完整"],
+    ),
+    "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), ["是空文件"]),
+    "list as bin": (
+        lambda d: (drop_weights(d, "none"), torch.save([1], d / "pytorch_model.bin")),
+        ["pytorch_model.bin 里没有权重"],
+    ),
     "incomplete": (lambda d: drop_weights(d, "h.0.mlp.c_fc.bias"), ["不完整", "c_fc.bias", "1 项"]),
     "truncated safetensors": (
         lambda d: (d / "model.safetensors").write_bytes(b"\x10\0\0\0"),
@@ -252,7 +305,7 @@ BREAKAGES = {
     ),
     "corrupt bin": (
         lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_bytes(b"PK junk")),
-        ["GPT-2"],
+        ["pytorch_model.bin 不完整"],
     ),
 }
 
@@ -268,6 +321,50 @@ def test_broken_folder_is_explained(breakage, tmp_path, make_model, tokenizer):
     for name in (str(directory), *named):
         assert name in str(error.value)
     assert "\n" not in str(error.value)
+    assert not [word for word in ADVICE if word in str(error.value)]
+    with pytest.raises(UserError) as again:
+        load_engine(str(directory), precision="fp32", device=torch.device("cpu"))
+    assert str(again.value) == str(error.value)
+
+
+WRAPPINGS = {
+    "DataParallel": lambda weights: {f"module.{name}": v for name, v in weights.items()},
+    "torch.compile": lambda weights: {f"_orig_mod.{name}": v for name, v in weights.items()},
+    "both": lambda weights: {f"module._orig_mod.{name}": v for name, v in weights.items()},
+    "without transformer.": lambda weights: {
+        f"module.{name.removeprefix('transformer.')}": v for name, v in weights.items()
+    },
+    "model": lambda weights: {"model": weights, "epoch": 3},
+    "state_dict": lambda weights: {"state_dict": WRAPPINGS["DataParallel"](weights), "lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("is_bin", [False, True])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_weights_are_read(wrapping, is_bin, saved):
+    expected = load_model(str(saved))(INPUT_IDS).logits
+    weights = load_file(saved / "model.safetensors")
+    wrapped = WRAPPINGS[wrapping](weights)
+    if is_bin:
+        (saved / "model.safetensors").unlink()
+        torch.save(wrapped, saved / "pytorch_model.bin")
+    elif wrapping in ("model", "state_dict"):
+        pytest.skip("safetensors cannot nest")
+    else:
+        save_file(wrapped, saved / "model.safetensors")
+    model = load_model(str(saved))
+    assert not model.training
+    assert torch.equal(model(INPUT_IDS).logits, expected)
+    engine = load_engine(str(saved), precision="fp32", device=torch.device("cpu"))
+    assert engine.vocab_size == len(TINY_VOCAB)
+
+
+def test_config_with_a_bom_is_read(saved):
+    expected = load_model(str(saved))(INPUT_IDS).logits
+    path = saved / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert torch.equal(load_model(str(saved))(INPUT_IDS).logits, expected)
+    load_engine(str(saved), precision="fp32", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ ARROWS = {
 }
 LAYER_OF_MODULE = {
     **dict.fromkeys(("errors", "cli", "files", "devices"), "ground"),
-    **dict.fromkeys(("architecture", "checkpoint"), "model"),
+    **dict.fromkeys(("architecture", "checkpoint", "weights"), "model"),
 }
 
 
