@@ -21,6 +21,7 @@ from transformers import (
 from chitchat.architecture import build_model, check_vocab_size
 from chitchat.chat.loading import load_engine
 from chitchat.checkpoint import (
+    explain_hub_error,
     load_model,
     load_model_tokenizer,
     remove_old_checkpoints,
@@ -381,9 +382,31 @@ def test_missing_folder_is_named_with_the_ones_there_are(name, tmp_path, make_mo
         assert ("python train.py" in str(error.value)) == (not is_beside)
 
 
-def test_hub_name_that_cannot_be_fetched_is_named():
-    with pytest.raises(UserError, match="someone/some-model"):
+def test_hub_name_that_cannot_be_fetched_says_how_to_mend_it():
+    with pytest.raises(UserError) as error:
         load_model("someone/some-model")
+    for name in ("没有文件夹 someone/some-model", "网络", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        assert name in str(error.value)
+    for word in ("connect", "huggingface.co", "offline mode"):
+        assert word not in str(error.value)
+    with pytest.raises(UserError, match="hub 上的名字，请用 --vocab_path"):
+        load_model_tokenizer("someone/some-model", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("GatedRepoError", "要先申请"),
+        ("RepositoryNotFoundError", "hub 上没有它"),
+        ("EntryNotFoundError", "缺少 config.json 或权重"),
+    ],
+)
+def test_each_kind_of_hub_error_has_its_own_remedy(kind, named):
+    error = OSError("You need to ...")
+    error.__cause__ = type(kind, (OSError,), {})("401 Client Error")
+    sentence = explain_hub_error("someone/some-model", error)
+    assert named in sentence
+    assert "You" not in sentence
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,36 @@ def test_wrong_device_is_named_with_the_way_out(device, named, monkeypatch):
     assert "--no_cuda" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("device", "advice"),
+    [
+        ("cuda:1", "是不是想写 --device 1；"),
+        ("0，1", "是不是想写 --device 0,1；"),
+        ("0 1", "是不是想写 --device 0,1；"),
+        ("gpu0,gpu1", "是不是想写 --device 0,1；"),
+        ("cpu", "例如 --device 0"),
+        ("-1", "例如 --device 0"),
+        ("1,0,01", "GPU 1 写了不止一次"),
+        ("7", "请改用 --device 1，"),
+    ],
+)
+def test_wrong_device_says_how_to_write_it(device, advice, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError) as error:
+        select_devices(device, no_cuda=False)
+    assert advice in str(error.value)
+    assert "只用 CPU 请加 --no_cuda" in str(error.value)
+
+
+def test_devices_hidden_by_the_environment_are_mentioned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+        select_devices("3", no_cuda=False)
+
+
 def test_seed_fixes_python_numpy_and_torch():
     def draw(seed: int) -> tuple[float, float, float]:
         seed_everything(seed)
