@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
+from chitchat.chat.lines import read_lines
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
 from chitchat.chat.repl import Repl, Transcript
 from chitchat.checkpoint import (
@@ -102,18 +103,6 @@ def suspend_key_ends_chat() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTSTP, previous)
-
-
-def read_lines(*, is_terminal: bool) -> Iterator[str]:
-    """逐行给出用户的话；终端里带提示符和行编辑，否则一行标准输入是一句。"""
-    if not is_terminal:
-        yield from sys.stdin or ()  # 标准输入可能已关闭
-        return
-    # 导入 readline 就给 input() 加上行编辑和历史；Windows 没有它，控制台自带这些功能。
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-    while True:
-        yield input("user:")
 
 
 def chat(repl: Repl, *, is_terminal: bool) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import logging
 import os
@@ -94,7 +95,8 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # 旧的 Windows 控制台不是 UTF-8：宁可显示一个问号，也不要因为一个 emoji 退出。
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"  # 没有设语言，终端多是 UTF-8
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
     try:
         code = main()
     except UserError as error:

@@ -166,6 +166,35 @@ def test_commands_are_not_utterances(chat):
     assert "没有 /nonsense 这条命令" in err
 
 
+@pytest.mark.parametrize("text", ["/微笑", "/24", "/", "/:strong", "//help", "/捂脸 哈哈"])
+def test_slash_word_that_is_no_command_name_is_an_utterance(text, chat):
+    out, err = chat("你好", text, "晚安")
+    assert replies_in(out) == [REPLY] * 3
+    assert f"\nuser:{text}\n" in read_samples()
+    assert err == ""
+
+
+def test_bom_before_the_first_line_is_removed(chat):
+    out, err = chat("\ufeff/help", "你好")
+    assert replies_in(out) == [REPLY]
+    assert "/reset" in err
+    chat("\ufeff早")
+    assert "user:早\n" in read_samples()
+
+
+@pytest.mark.parametrize("name", ["my chat.txt", '"my chat.txt"', "'my chat.txt'"])
+def test_saved_name_may_hold_spaces(name, chat):
+    chat("你好", f"/save {name}")
+    assert list(read_dialogues(Path("my chat.txt"))) == [["你好", REPLY]]
+
+
+def test_each_line_of_a_paste_has_its_speaker(type_in_terminal):
+    type_in_terminal("甲\n\n 乙\r\n丙", "/save pasted.txt", EOFError)
+    turns = f"user:甲\nuser:乙\nuser:丙\nchatbot:{REPLY}\n"
+    assert re.fullmatch(HEADER + turns, read_samples())
+    assert list(read_dialogues(Path("pasted.txt"))) == [["甲", "乙", "丙", REPLY]]
+
+
 def contexts_of(monkeypatch) -> list[list[int]]:
     """记下每次送去生成的上下文。"""
     seen = []
