@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
+    from chitchat.interrupts import guard_startup
+
+    guard_startup()
+
 import argparse
 import itertools
 import logging

@@ -19,6 +19,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from chitchat.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from chitchat.interrupts import exit_at_once
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -97,7 +98,10 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             is_ascii = codecs.lookup(stream.encoding).name == "ascii"  # 没有设语言，终端多是 UTF-8
             stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+    is_guarded = signal.getsignal(signal.SIGINT) is exit_at_once
     try:
+        if is_guarded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
     except UserError as error:
         code = _complain(str(error))
@@ -109,6 +113,8 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    if is_guarded:  # 退出时还要等后台的线程，又按 Ctrl+C 就不等了
+        signal.signal(signal.SIGINT, exit_at_once)
     sys.exit(code)
 
 

@@ -76,7 +76,7 @@ ARROWS = {
     "chat": {"ground", "tokens", "model"},
 }
 LAYER_OF_MODULE = {
-    **dict.fromkeys(("errors", "cli", "files", "devices"), "ground"),
+    **dict.fromkeys(("errors", "cli", "files", "devices", "interrupts"), "ground"),
     **dict.fromkeys(("architecture", "checkpoint", "weights"), "model"),
 }
 
