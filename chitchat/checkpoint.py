@@ -101,10 +101,13 @@ def _build(
 ) -> tuple[GPT2LMHeadModel, list[str]]:
     """建立模型并填入权重；给出模型和缺少的权重的名字。"""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     if weights is None:
         known = {"config": GPT2Config.from_dict(config)} if config else {}
+        if config and not (Path(name_or_dir) / "generation_config.json").is_file():
+            # 否则 transformers 自己再读一遍 config.json，而它读不了 BOM
+            known["generation_config"] = GenerationConfig.from_model_config(known["config"])
         model, report = GPT2LMHeadModel.from_pretrained(
             name_or_dir, dtype=torch.float32, output_loading_info=True, **known
         )

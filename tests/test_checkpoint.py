@@ -360,7 +360,10 @@ def test_wrapped_weights_are_read(wrapping, is_bin, saved):
     assert engine.vocab_size == len(TINY_VOCAB)
 
 
-def test_config_with_a_bom_is_read(saved):
+@pytest.mark.parametrize("has_generation_config", [True, False])
+def test_config_with_a_bom_is_read(has_generation_config, saved):
+    if not has_generation_config:
+        (saved / "generation_config.json").unlink()
     expected = load_model(str(saved))(INPUT_IDS).logits
     path = saved / "config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
