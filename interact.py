@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
+    from chitchat.interrupts import guard_startup
+
+    guard_startup()
+
 import argparse
 import contextlib
 import logging
@@ -13,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
+from chitchat.chat.lines import read_lines
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
 from chitchat.chat.repl import Repl, Transcript
 from chitchat.checkpoint import (
+    check_same_vocab,
     has_tokenizer,
     load_model_tokenizer,
     read_config,
@@ -103,18 +110,6 @@ def suspend_key_ends_chat() -> Iterator[None]:
         signal.signal(signal.SIGTSTP, previous)
 
 
-def read_lines(*, is_terminal: bool) -> Iterator[str]:
-    """逐行给出用户的话；终端里带提示符和行编辑，否则一行标准输入是一句。"""
-    if not is_terminal:
-        yield from sys.stdin or ()  # 标准输入可能已关闭
-        return
-    # 导入 readline 就给 input() 加上行编辑和历史；Windows 没有它，控制台自带这些功能。
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-    while True:
-        yield input("user:")
-
-
 def chat(repl: Repl, *, is_terminal: bool) -> None:
     """一句接一句地聊，直到输入结束、/quit、Ctrl+D、Ctrl+C 或 Ctrl+Z。"""
     print(GREETING, flush=True)
@@ -192,6 +187,9 @@ def check_models(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
             check_vocab_size(config["vocab_size"], tokenizer, path)
         if isinstance(config.get("n_positions"), int):
             check_max_len(args.max_len, config["n_positions"])
+    if args.vocab_path is not None:
+        remedy = "请去掉 --vocab_path，用模型自带的"
+        check_same_vocab(args.model_path, tokenizer, args.vocab_path, remedy)
     if args.mmi_model_path is None or not has_tokenizer(args.mmi_model_path):
         return
     backward = load_model_tokenizer(args.mmi_model_path, None)
@@ -217,8 +215,10 @@ def read_input(path: Path) -> Iterator[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
-    args = build_parser().parse_args(argv)
-    configure_logging(args.log_path, console=False)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    is_default_log = args.log_path is parser.get_default("log_path")
+    configure_logging(args.log_path, console=False, is_default=is_default_log)
     check_arguments(args)
     options = SamplingOptions(
         greedy=args.greedy, **{k.field: getattr(args, k.field) for k in KNOBS.values()}

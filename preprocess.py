@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
+    from chitchat.interrupts import guard_startup
+
+    guard_startup()
+
 import argparse
 import itertools
 import logging
@@ -259,8 +264,10 @@ def check_not_empty(args: argparse.Namespace, lengths: Counter[int]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
-    args = build_parser().parse_args(argv)
-    configure_logging(args.log_path)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    is_default_log = args.log_path is parser.get_default("log_path")
+    configure_logging(None if args.check else args.log_path, is_default=is_default_log)
     corpus = Corpus(args)
     if args.save_path.suffix != ".pkl" and not args.check:
         check_folder(args.save_path)

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
+    from chitchat.interrupts import guard_startup
+
+    guard_startup()
+
 import argparse
 import contextlib
 import logging
@@ -20,7 +25,12 @@ from transformers import GPT2LMHeadModel
 from chitchat.architecture import build_model, check_vocab_size
 from chitchat.chat.layers import build_activation
 from chitchat.chat.samples import sample_replies
-from chitchat.checkpoint import load_model, remove_old_checkpoints, save_checkpoint
+from chitchat.checkpoint import (
+    check_same_vocab,
+    load_model,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from chitchat.cli import (
     CliParser,
     bounded,
@@ -176,6 +186,12 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
     if args.pretrained_model:
         model = load_model(args.pretrained_model)
         check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
+        check_same_vocab(
+            args.pretrained_model,
+            tokenizer,
+            args.vocab_path,
+            f"请给 preprocess.py 和 train.py 都加上 --vocab_path {args.pretrained_model}",
+        )
     else:
         is_own_vocab = is_encoded_with(args.train_path, vocab_fingerprint(tokenizer))
         model = build_model(args.model_config, tokenizer, follow_vocab=is_own_vocab)
@@ -377,9 +393,15 @@ def log_overview(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    is_default_log = args.log_path is parser.get_default("log_path")
     processes = Processes.from_environment()
-    configure_logging(args.log_path if processes.is_main else None, console=processes.is_main)
+    configure_logging(
+        args.log_path if processes.is_main else None,
+        console=processes.is_main,
+        is_default=is_default_log,
+    )
     quiet_transformers()
     for name in ("log", "gpu0_bsz"):
         if getattr(args, name) is not None:

@@ -6,6 +6,7 @@ torch 与 transformers 用到时才导入：对话只需要这里的检查，不
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 import shutil
@@ -26,8 +27,10 @@ from chitchat.tokens.vocabulary import (
     SPECIAL_TOKENS,
     UNK_TOKEN,
 )
+from chitchat.weights import check_sizes, check_weight_files, read_weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
@@ -41,6 +44,7 @@ UNREADABLE = (
     pickle.UnpicklingError,
     EOFError,
 )
+MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # 旧版本存下的，不是参数
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # 把 messages 写成 [CLS]u1[SEP]u2[SEP]。消息里的 [SEP] 之类拆成“[ sep ]”，
@@ -64,33 +68,88 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
     Raises:
         UserError: 文件夹不完整、不是 GPT-2，或 hub 上取不到。
     """
-    import torch
     from safetensors import SafetensorError
-    from transformers import GPT2LMHeadModel
 
     directory = Path(name_or_dir)
     if directory.is_dir():
         _check_model_dir(directory)
-    elif directory.exists() or name_or_dir.count("/") != 1 or directory.parent.is_dir():
+    elif not _is_hub_name(name_or_dir):
         raise UserError(f"找不到模型文件夹 {name_or_dir}{_list_checkpoints(directory.parent)}")
-    model_type = read_config(name_or_dir).get("model_type", "gpt2")
-    if model_type != "gpt2":
-        raise UserError(f"{name_or_dir} 是 {model_type} 模型，不是 GPT-2：请换一个文件夹")
+    is_local = directory.is_dir()
+    config, weights = {}, None
+    if is_local:
+        check_weight_files(directory)
+        config = _read_valid_config(directory)
+        weights = read_weights(directory)
+        check_sizes(directory, config, weights)
     try:
-        model, report = GPT2LMHeadModel.from_pretrained(
-            name_or_dir, dtype=torch.float32, output_loading_info=True
-        )
+        model, missing = _build(name_or_dir, config, weights)
     except (*UNREADABLE, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        where = "" if directory.is_dir() else f"没有文件夹 {name_or_dir}，当作 hub 上的名字也不行："
+        if not is_local:
+            raise UserError(explain_hub_error(name_or_dir, error)) from error
         raise UserError(
-            f"{where}无法从 {name_or_dir} 读出 GPT-2 模型：{reason}；"
-            "文件夹应含 config.json 和 model.safetensors"
+            f"无法从 {name_or_dir} 读出 GPT-2 模型（{type(error).__name__}）："
+            "config.json 与权重不是同一个模型的，或已损坏；请从原处重新复制"
         ) from error
-    missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})
     if missing:
         raise UserError(f"{name_or_dir} 的权重不完整：缺少 {missing[0]} 等 {len(missing)} 项")
     return model
+
+
+def _build(
+    name_or_dir: str, config: dict, weights: dict[str, Tensor] | None
+) -> tuple[GPT2LMHeadModel, list[str]]:
+    """建立模型并填入权重；给出模型和缺少的权重的名字。"""
+    import torch
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    if weights is None:
+        known = {"config": GPT2Config.from_dict(config)} if config else {}
+        if config and not (Path(name_or_dir) / "generation_config.json").is_file():
+            # 否则 transformers 自己再读一遍 config.json，而它读不了 BOM
+            known["generation_config"] = GenerationConfig.from_model_config(known["config"])
+        model, report = GPT2LMHeadModel.from_pretrained(
+            name_or_dir, dtype=torch.float32, output_loading_info=True, **known
+        )
+        return model, sorted(set(report["missing_keys"]) - {"lm_head.weight"})
+    model = GPT2LMHeadModel(GPT2Config.from_dict(config))
+    prefix = "" if any(name.startswith("transformer.") for name in weights) else "transformer."
+    named = {n if n.startswith("lm_head.") else prefix + n: value for n, value in weights.items()}
+    report = model.load_state_dict(named, strict=False)
+    missing = [name for name in report.missing_keys if not name.endswith(MASK_BUFFERS)]
+    return model.eval(), sorted(set(missing) - {"lm_head.weight"})
+
+
+def _read_valid_config(directory: Path) -> dict:
+    """config.json 的内容，确认是 GPT-2。"""
+    config = read_config(str(directory))
+    if not config:
+        raise UserError(f"{directory / 'config.json'} 已损坏，读不懂：请从原处重新复制")
+    model_type = config.get("model_type", "gpt2")
+    if model_type != "gpt2":
+        raise UserError(f"{directory} 是 {model_type} 模型，不是 GPT-2：请换一个文件夹")
+    return config
+
+
+def explain_hub_error(name: str, error: BaseException) -> str:
+    """把取 hub 上的模型时的异常变成一句话：什么毛病，怎样改。"""
+    kinds = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        kinds.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    if kinds & {"GatedRepoError"}:
+        reason = "它要先申请：请在它的网页上同意条款，再用 hf auth login 登录"
+    elif kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+        reason = "hub 上没有它，或它是私有的：请改正名字，私有的先用 hf auth login 登录"
+    elif kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
+        reason = "hub 上的它缺少 config.json 或权重：请换一个 GPT-2 模型"
+    else:
+        reason = (
+            "又没能从 hub 取到：请检查名字、网络和磁盘，去掉 HF_HUB_OFFLINE，连不上时可设 "
+            "HF_ENDPOINT 换镜像，或在别处下载好整个文件夹再给出它的路径"
+        )
+    return f"没有文件夹 {name}，{reason}"
 
 
 def weights_stamp(model_dir: str) -> list[list]:
@@ -103,7 +162,7 @@ def weights_stamp(model_dir: str) -> list[list]:
 def read_config(model_dir: str) -> dict:
     """模型文件夹的 config.json；读不出时是空的字典，毛病留给读模型时去说。"""
     try:
-        fields = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}
@@ -124,7 +183,9 @@ def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
         return load_tokenizer(vocab_path)
     directory = Path(model_dir)
     if not directory.is_dir():
-        raise UserError(f"找不到模型文件夹 {model_dir}{_list_checkpoints(directory.parent)}")
+        hub = "；它若是 hub 上的名字，请用 --vocab_path 给出词表" if _is_hub_name(model_dir) else ""
+        around = _list_checkpoints(directory.parent)
+        raise UserError(f"找不到模型文件夹 {model_dir}{around}{hub}")
     _check_model_dir(directory)
     if not has_tokenizer(model_dir):
         raise UserError(
@@ -132,6 +193,34 @@ def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
             "请用 --vocab_path 指定训练这个模型时的 vocab.txt"
         )
     return load_tokenizer(directory)
+
+
+def check_same_vocab(model_dir: str, tokenizer: Tokenizer, vocab_path: Path, remedy: str) -> None:
+    """确认 vocab_path 与模型自带的词表逐项相同；文件夹里没有（或读不出）词表时无从比较。
+
+    Args:
+        model_dir: 模型文件夹。
+        tokenizer: 由 vocab_path 读入的。
+        vocab_path: 用户指定的词表，供错误信息使用。
+        remedy: 不同时怎样改的一句话。
+
+    Raises:
+        UserError: 两份词表不同。
+    """
+    try:
+        own = load_tokenizer(Path(model_dir)) if has_tokenizer(model_dir) else tokenizer
+    except UserError:
+        return
+    theirs, given = vocab_text(own).split("\n"), vocab_text(tokenizer).split("\n")
+    if theirs == given:
+        return
+    pairs = itertools.zip_longest(theirs, given, fillvalue="")
+    index = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    entries = [f"“{vocab[index]}”" if index < len(vocab) else "没有" for vocab in (theirs, given)]
+    raise UserError(
+        f"词表不同：模型 {model_dir} 自带的词表与 {vocab_path} 从第 {index + 1} 项起不同"
+        f"（{entries[0]}与{entries[1]}），同一个 token id 会变成别的字；{remedy}"
+    )
 
 
 def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
@@ -168,7 +257,9 @@ def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) ->
     for folder in save_model_dir.glob("epoch*"):
         number = folder.name.removeprefix("epoch")
         if limit and number.isdigit() and int(number) <= last_epoch - limit:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.resolve())
+            if folder.is_symlink():
+                folder.unlink()
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
@@ -188,7 +279,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
         unk_token=UNK_TOKEN,
         cls_token=CLS_TOKEN,
         sep_token=SEP_TOKEN,
-        mask_token=MASK_TOKEN,
+        mask_token=MASK_TOKEN if tokenizer.token_to_id(MASK_TOKEN) is not None else None,
         bos_token=CLS_TOKEN,
         eos_token=SEP_TOKEN,
         model_max_length=max_length,
@@ -197,6 +288,12 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizer
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+def _is_hub_name(name: str) -> bool:
+    """像 ``用户/模型`` 那样，而且本地没有这样的路径。"""
+    path = Path(name)
+    return name.count("/") == 1 and not path.exists() and not path.parent.is_dir()
 
 
 def _check_model_dir(directory: Path) -> None:

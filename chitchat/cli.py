@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from chitchat.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from chitchat.interrupts import exit_at_once
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -94,8 +96,12 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # 旧的 Windows 控制台不是 UTF-8：宁可显示一个问号，也不要因为一个 emoji 退出。
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"  # 没有设语言，终端多是 UTF-8
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+    is_guarded = signal.getsignal(signal.SIGINT) is exit_at_once
     try:
+        if is_guarded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
     except UserError as error:
         code = _complain(str(error))
@@ -107,6 +113,8 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    if is_guarded:  # 退出时还要等后台的线程，又按 Ctrl+C 就不等了
+        signal.signal(signal.SIGINT, exit_at_once)
     sys.exit(code)
 
 
@@ -116,6 +124,11 @@ def _complain(sentence: str) -> int:
     return EXIT_BAD_INPUT
 
 
+def _warn(sentence: str) -> None:
+    """在标准错误提醒一句，程序照常运行。"""
+    tqdm.write(f"警告：{sentence}", file=sys.stderr)
+
+
 class _TqdmHandler(logging.StreamHandler):
     """写日志时先让开进度条，日志行不会与进度条混在一行。"""
 
@@ -123,7 +136,24 @@ class _TqdmHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def configure_logging(log_path: Path | None, *, console: bool = True) -> None:
+class _LogFile(logging.FileHandler):
+    """日志文件；写不进去时只提醒一次，程序照常运行。"""
+
+    is_failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self.is_failing:
+            self.is_failing = True
+            _warn(f"日志 {self.baseFilename} 写不进去（{sys.exc_info()[1]}）：程序照常运行")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # 磁盘满时，关闭也会再写一次
+            super().close()
+
+
+def configure_logging(
+    log_path: Path | None, *, console: bool = True, is_default: bool = False
+) -> None:
     """让 ``chitchat`` 及其子 logger 的 INFO 日志进入控制台和文件。
 
     只设置本项目的 logger，不动根 logger；重复调用会先去掉上一次的输出。
@@ -131,6 +161,10 @@ def configure_logging(log_path: Path | None, *, console: bool = True) -> None:
     Args:
         log_path: 日志文件，追加写入，父目录会自动创建；None 表示不写文件。
         console: 是否同时输出到标准错误。
+        is_default: log_path 不是用户指定的：打不开时只提醒，不写日志文件。
+
+    Raises:
+        OSError: 用户指定的日志打不开。
     """
     logger = logging.getLogger("chitchat")
     for handler in list(logger.handlers):
@@ -138,8 +172,14 @@ def configure_logging(log_path: Path | None, *, console: bool = True) -> None:
         handler.close()
     handlers: list[logging.Handler] = [_TqdmHandler()] if console else []
     if log_path is not None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_path, encoding="utf-8"))
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(_LogFile(log_path, encoding="utf-8"))
+        except OSError as error:
+            if not is_default:
+                raise
+            reason = error.strerror or error
+            _warn(f"日志 {log_path} 打不开（{reason}），这次不写日志；可用 --log_path 换个地方")
     for handler in handlers or [logging.NullHandler()]:
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logger.addHandler(handler)

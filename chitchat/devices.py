@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from typing import TYPE_CHECKING
 
 from chitchat.errors import UserError
@@ -27,22 +29,33 @@ def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
     import torch
 
     numbers = [part.strip() for part in device.split(",")]
-    is_valid = all(number.isascii() and number.isdecimal() for number in numbers)
-    if not is_valid or len({int(number) for number in numbers}) < len(numbers):
-        raise UserError(
-            f"--device 应为逗号分隔且不重复的 GPU 编号（如 0 或 0,1），得到 {device!r}；"
-            "只用 CPU 请加 --no_cuda"
-        )
+    if advice := _find_mistake(device, numbers):
+        raise UserError(f"--device {device!r} 不对：{advice}；只用 CPU 请加 --no_cuda")
     if no_cuda or not torch.cuda.is_available():
         return [torch.device("cpu")]
     num_gpus = torch.cuda.device_count()
     missing = [number for number in numbers if int(number) >= num_gpus]
     if missing:
+        is_hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+        note = "（CUDA_VISIBLE_DEVICES 里的从 0 重新编号）" if is_hidden else ""
         raise UserError(
             f"--device 指定的 GPU {','.join(missing)} 不存在：本机有 {num_gpus} 块，"
-            f"编号 0 到 {num_gpus - 1}；只用 CPU 请加 --no_cuda"
+            f"编号 0 到 {num_gpus - 1}{note}；"
+            f"请改用 --device {num_gpus - 1}，只用 CPU 请加 --no_cuda"
         )
     return [torch.device("cuda", int(number)) for number in numbers]
+
+
+def _find_mistake(device: str, numbers: list[str]) -> str:
+    """--device 写错了什么、怎样改；没有错时是空的。"""
+    if all(number.isascii() and number.isdecimal() for number in numbers):
+        repeated = [n for i, n in enumerate(map(int, numbers)) if n in map(int, numbers[:i])]
+        return f"GPU {repeated[0]} 写了不止一次，每块只写一次" if repeated else ""
+    found = [str(int(number)) for number in re.findall(r"[0-9]+", device)]
+    if not found or "-" in device:
+        return "应为 GPU 的编号，例如 --device 0，两块是 --device 0,1"
+    wanted = ",".join(dict.fromkeys(found))
+    return f"应为 GPU 的编号，多块用英文逗号分隔，是不是想写 --device {wanted}"
 
 
 def seed_everything(seed: int) -> None:

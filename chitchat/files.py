@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from chitchat.errors import UserError
 
 # torch 和 safetensors 写文件失败时，异常里会有的字样
 DISK_ERRORS = ("inline_container", "PytorchStreamWriter", "I/O error")
+LEFTOVER_OWNER = re.compile(r"(\d+@[A-Za-z0-9-]*)?")  # 临时文件名里的“进程号@主机”
 
 
 def check_writable(directory: Path) -> None:
@@ -27,13 +31,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """在旁边写临时文件，成功后一次换名；失败时原文件不变，临时文件被删除。
 
     Args:
-        path: 最终的文件；父目录会自动创建。
+        path: 最终的文件；父目录会自动创建。是符号链接时写到它所指的地方，链接不变。
 
     Yields:
         供写入的临时路径。
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    path, partial, _ = _prepare(path)
     try:
         with _explain_full_disk(path):
             yield partial
@@ -48,18 +51,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """在旁边写临时文件夹，成功后换名为 ``path``；失败时原文件夹不变。
 
     Args:
-        path: 最终的文件夹；已存在时整个被替换。
+        path: 最终的文件夹；已存在时整个被替换。是符号链接时换掉它所指的，链接不变。
 
     Yields:
         供写入的空文件夹。
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    retired = path.with_name(f".{path.name}.old")
-    if retired.exists() and not path.exists():
-        retired.rename(path)  # 上次在两次换名之间被强行结束
-    for leftover in (partial, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+    path, partial, retired = _prepare(path)
     partial.mkdir()
     try:
         with _explain_full_disk(path):
@@ -72,12 +69,54 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         try:
             partial.rename(path)
         except BaseException:
-            if retired.exists():
+            if retired.exists() and not path.exists():
                 retired.rename(path)
             raise
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(path: Path) -> tuple[Path, Path, Path]:
+    """跟随链接，收拾死去的进程留下的；给出最终的、临时的、换下来的三个路径。
+
+    后两个名字里有主机和进程号，同时写一处的两个进程因此不会毁掉对方的临时文件。
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}."
+    for leftover in sorted(path.parent.glob(f"{glob.escape(prefix)}*")):
+        owner, _, kind = leftover.name.removeprefix(prefix).rpartition(".")
+        if kind not in ("part", "old") or not LEFTOVER_OWNER.fullmatch(owner) or _is_alive(owner):
+            continue
+        if kind == "old" and not path.exists():
+            leftover.rename(path)  # 那个进程在两次换名之间被强行结束
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    stem = f"{prefix}{os.getpid()}@{_host()}"
+    return path, path.with_name(f"{stem}.part"), path.with_name(f"{stem}.old")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32]
+
+
+def _is_alive(owner: str) -> bool:
+    """临时文件的主人 ``进程号@主机`` 是否还在写；空的是旧版本留下的，都已不在。"""
+    pid, _, host = owner.partition("@")
+    if not pid or (host == _host() and int(pid) == os.getpid()):
+        return False
+    if host != _host() or os.name == "nt":  # 无从得知：留着，不冒险
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_VOCAB
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +19,9 @@ from transformers import (
 )
 
 from chitchat.architecture import build_model, check_vocab_size
+from chitchat.chat.loading import load_engine
 from chitchat.checkpoint import (
+    explain_hub_error,
     load_model,
     load_model_tokenizer,
     remove_old_checkpoints,
@@ -76,6 +79,20 @@ def test_failed_save_leaves_the_old_folder_as_it_was(saved, make_model, tokenize
     assert [path.name for path in saved.parent.iterdir() if path.is_dir()] == ["epoch1"]
 
 
+def test_vocabulary_without_mask_is_enough(tmp_path, make_model):
+    vocab = [token for token in TINY_VOCAB if token != "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+    assert tokenizer.get_vocab_size() == len(vocab)
+    save_checkpoint(tmp_path / "epoch1", make_model(vocab_size=len(vocab)), tokenizer)
+    again = load_model_tokenizer(str(tmp_path / "epoch1"), None)
+    wrapped = AutoTokenizer.from_pretrained(tmp_path / "epoch1")
+    assert again.get_vocab() == wrapped.get_vocab() == {token: i for i, token in enumerate(vocab)}
+    expected = [CLS, *encode_utterances(tokenizer, ["你[MASK]好"])[0], SEP]
+    rendered = wrapped.apply_chat_template(say("你[MASK]好"), tokenize=True)
+    assert rendered["input_ids"] == expected
+
+
 def test_only_the_newest_epoch_folders_are_kept(tmp_path):
     names = ["epoch2", "epoch9", "epoch10", "epoch11", "min_ppl_model", "epochs", "runs"]
     for name in names:
@@ -84,6 +101,14 @@ def test_only_the_newest_epoch_folders_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names}
     remove_old_checkpoints(tmp_path, 2, 11)
     assert {path.name for path in tmp_path.iterdir()} == {*names} - {"epoch2", "epoch9"}
+
+
+def test_old_epoch_folder_that_is_a_link_is_removed_with_what_it_points_to(tmp_path):
+    (tmp_path / "disk" / "one").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "epoch1").symlink_to(tmp_path / "disk" / "one")
+    remove_old_checkpoints(tmp_path / "model", 1, 2)
+    assert list((tmp_path / "model").iterdir()) == list((tmp_path / "disk").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -213,6 +238,23 @@ def save_bert(directory: Path) -> None:
     BertLMHeadModel(config).save_pretrained(directory)
 
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+ADVICE = (
+    "ignore_mismatched_sizes",
+    "weights_only",
+    "huggingface",
+    "Error while",
+    "You ",
+    "Weights",
+)
+
+
 BREAKAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), ["缺少 config.json"]),
     "no weights": (
@@ -222,7 +264,41 @@ BREAKAGES = {
     "corrupt config": (lambda d: (d / "config.json").write_text("{"), ["config.json"]),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json"]),
     "not GPT-2": (save_bert, ["GPT-2", "bert"]),
-    "other width": (lambda d: edit_config(d, n_embd=32), ["GPT-2"]),
+    "other width": (lambda d: edit_config(d, n_embd=32), ["n_embd", "32", "16"]),
+    "more positions": (lambda d: edit_config(d, n_positions=128), ["n_positions", "128", "64"]),
+    "more positions than the bin": (
+        lambda d: (drop_weights(d, "none"), edit_config(d, n_positions=128)),
+        ["n_positions", "128", "64"],
+    ),
+    "fewer layers": (lambda d: edit_config(d, n_layer=1), ["n_layer 写的是 1", "2"]),
+    "more layers": (lambda d: edit_config(d, n_layer=3), ["n_layer 写的是 3", "2"]),
+    "other vocabulary": (lambda d: edit_config(d, vocab_size=99), ["vocab_size", "99", "213"]),
+    "LFS pointer": (
+        lambda d: (d / "model.safetensors").write_text(LFS_POINTER),
+        ["model.safetensors 是 Git LFS 的指针", "git lfs pull"],
+    ),
+    "LFS pointer as bin": (
+        lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_text(LFS_POINTER)),
+        ["pytorch_model.bin 是 Git LFS 的指针", "git lfs pull"],
+    ),
+    "HTML page": (
+        lambda d: (d / "model.safetensors").write_text("<!DOCTYPE html><html>login</html>"),
+        ["model.safetensors 是一个网页"],
+    ),
+    "HTML page as bin": (
+        lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_text("\n<html>")),
+        ["pytorch_model.bin 是一个网页"],
+    ),
+    "cut safetensors": (lambda d: cut(d / "model.safetensors"), ["model.safetensors 不完整"]),
+    "cut bin": (
+        lambda d: (drop_weights(d, "none"), cut(d / "pytorch_model.bin")),
+        ["pytorch_model.bin 不完整"],
+    ),
+    "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), ["是空文件"]),
+    "list as bin": (
+        lambda d: (drop_weights(d, "none"), torch.save([1], d / "pytorch_model.bin")),
+        ["pytorch_model.bin 里没有权重"],
+    ),
     "incomplete": (lambda d: drop_weights(d, "h.0.mlp.c_fc.bias"), ["不完整", "c_fc.bias", "1 项"]),
     "truncated safetensors": (
         lambda d: (d / "model.safetensors").write_bytes(b"\x10\0\0\0"),
@@ -230,7 +306,7 @@ BREAKAGES = {
     ),
     "corrupt bin": (
         lambda d: (drop_weights(d, "none"), (d / "pytorch_model.bin").write_bytes(b"PK junk")),
-        ["GPT-2"],
+        ["pytorch_model.bin 不完整"],
     ),
 }
 
@@ -246,6 +322,53 @@ def test_broken_folder_is_explained(breakage, tmp_path, make_model, tokenizer):
     for name in (str(directory), *named):
         assert name in str(error.value)
     assert "\n" not in str(error.value)
+    assert not [word for word in ADVICE if word in str(error.value)]
+    with pytest.raises(UserError) as again:
+        load_engine(str(directory), precision="fp32", device=torch.device("cpu"))
+    assert str(again.value) == str(error.value)
+
+
+WRAPPINGS = {
+    "DataParallel": lambda weights: {f"module.{name}": v for name, v in weights.items()},
+    "torch.compile": lambda weights: {f"_orig_mod.{name}": v for name, v in weights.items()},
+    "both": lambda weights: {f"module._orig_mod.{name}": v for name, v in weights.items()},
+    "without transformer.": lambda weights: {
+        f"module.{name.removeprefix('transformer.')}": v for name, v in weights.items()
+    },
+    "model": lambda weights: {"model": weights, "epoch": 3},
+    "state_dict": lambda weights: {"state_dict": WRAPPINGS["DataParallel"](weights), "lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("is_bin", [False, True])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_weights_are_read(wrapping, is_bin, saved):
+    expected = load_model(str(saved))(INPUT_IDS).logits
+    weights = load_file(saved / "model.safetensors")
+    wrapped = WRAPPINGS[wrapping](weights)
+    if is_bin:
+        (saved / "model.safetensors").unlink()
+        torch.save(wrapped, saved / "pytorch_model.bin")
+    elif wrapping in ("model", "state_dict"):
+        pytest.skip("safetensors cannot nest")
+    else:
+        save_file(wrapped, saved / "model.safetensors")
+    model = load_model(str(saved))
+    assert not model.training
+    assert torch.equal(model(INPUT_IDS).logits, expected)
+    engine = load_engine(str(saved), precision="fp32", device=torch.device("cpu"))
+    assert engine.vocab_size == len(TINY_VOCAB)
+
+
+@pytest.mark.parametrize("has_generation_config", [True, False])
+def test_config_with_a_bom_is_read(has_generation_config, saved):
+    if not has_generation_config:
+        (saved / "generation_config.json").unlink()
+    expected = load_model(str(saved))(INPUT_IDS).logits
+    path = saved / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert torch.equal(load_model(str(saved))(INPUT_IDS).logits, expected)
+    load_engine(str(saved), precision="fp32", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -262,9 +385,31 @@ def test_missing_folder_is_named_with_the_ones_there_are(name, tmp_path, make_mo
         assert ("python train.py" in str(error.value)) == (not is_beside)
 
 
-def test_hub_name_that_cannot_be_fetched_is_named():
-    with pytest.raises(UserError, match="someone/some-model"):
+def test_hub_name_that_cannot_be_fetched_says_how_to_mend_it():
+    with pytest.raises(UserError) as error:
         load_model("someone/some-model")
+    for name in ("没有文件夹 someone/some-model", "网络", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        assert name in str(error.value)
+    for word in ("connect", "huggingface.co", "offline mode"):
+        assert word not in str(error.value)
+    with pytest.raises(UserError, match="hub 上的名字，请用 --vocab_path"):
+        load_model_tokenizer("someone/some-model", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("GatedRepoError", "要先申请"),
+        ("RepositoryNotFoundError", "hub 上没有它"),
+        ("EntryNotFoundError", "缺少 config.json 或权重"),
+    ],
+)
+def test_each_kind_of_hub_error_has_its_own_remedy(kind, named):
+    error = OSError("You need to ...")
+    error.__cause__ = type(kind, (OSError,), {})("401 Client Error")
+    sentence = explain_hub_error("someone/some-model", error)
+    assert named in sentence
+    assert "You" not in sentence
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,35 @@ def test_commands_are_not_utterances(chat):
     assert "没有 /nonsense 这条命令" in err
 
 
+@pytest.mark.parametrize("text", ["/微笑", "/24", "/", "/:strong", "//help", "/捂脸 哈哈"])
+def test_slash_word_that_is_no_command_name_is_an_utterance(text, chat):
+    out, err = chat("你好", text, "晚安")
+    assert replies_in(out) == [REPLY] * 3
+    assert f"\nuser:{text}\n" in read_samples()
+    assert err == ""
+
+
+def test_bom_before_the_first_line_is_removed(chat):
+    out, err = chat("\ufeff/help", "你好")
+    assert replies_in(out) == [REPLY]
+    assert "/reset" in err
+    chat("\ufeff早")
+    assert "user:早\n" in read_samples()
+
+
+@pytest.mark.parametrize("name", ["my chat.txt", '"my chat.txt"', "'my chat.txt'"])
+def test_saved_name_may_hold_spaces(name, chat):
+    chat("你好", f"/save {name}")
+    assert list(read_dialogues(Path("my chat.txt"))) == [["你好", REPLY]]
+
+
+def test_each_line_of_a_paste_has_its_speaker(type_in_terminal):
+    type_in_terminal("甲\n\n 乙\r\n丙", "/save pasted.txt", EOFError)
+    turns = f"user:甲\nuser:乙\nuser:丙\nchatbot:{REPLY}\n"
+    assert re.fullmatch(HEADER + turns, read_samples())
+    assert list(read_dialogues(Path("pasted.txt"))) == [["甲", "乙", "丙", REPLY]]
+
+
 def contexts_of(monkeypatch) -> list[list[int]]:
     """记下每次送去生成的上下文。"""
     seen = []
@@ -298,6 +327,12 @@ def short_vocab(model_dir: Path) -> list[str]:
     return ["--vocab_path", str(path)]
 
 
+def other_vocab_of_the_same_size(model_dir: Path) -> list[str]:
+    path = model_dir.parent / "other.txt"
+    path.write_text("\n".join([*TINY_VOCAB[:104], *reversed(TINY_VOCAB[104:])]), encoding="utf-8")
+    return ["--vocab_path", str(path)]
+
+
 def no_tokenizer(model_dir: Path) -> list[str]:
     (model_dir / "tokenizer.json").unlink()
     (model_dir / "vocab.txt").unlink()
@@ -334,6 +369,7 @@ def mmi_of_another_vocabulary(model_dir: Path) -> list[str]:
         (["--model_path", "."], ["config.json"]),
         (["--vocab_path", "none.txt"], ["none.txt", "--vocab_path"]),
         (short_vocab, [str(len(TINY_VOCAB)), str(len(TINY_VOCAB) - 1), "--vocab_path"]),
+        (other_vocab_of_the_same_size, ["parrot", "other.txt", "第 105 项", "去掉 --vocab_path"]),
         (no_tokenizer, ["tokenizer.json", "vocab.txt", "--vocab_path"]),
         (samples_path_is_a_file, ["occupied"]),
         (damaged_weights, ["model.safetensors"]),

@@ -182,3 +182,25 @@ def test_save_path_that_cannot_be_written_is_one_sentence(preprocess, train_path
         run_cli(lambda: preprocess(save_path=tmp_path / "file" / "train.pkl"))
     assert stopped.value.code == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_check_writes_nothing_not_even_the_log(train_path, vocab_path, tmp_path, capsys):
+    train_path.write_text(LF, encoding="utf-8")
+    Path("data").write_text("日志的文件夹建不成")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = ["--train_path", str(train_path), "--vocab_path", str(vocab_path), "--check"]
+    for log_options in ([], ["--log_path", str(tmp_path / "logs" / "x.log")]):
+        assert main([*options, *log_options]) == 0
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert capsys.readouterr().err == ""
+
+
+def test_unwritable_default_log_does_not_stop_the_work(train_path, vocab_path, tmp_path, capsys):
+    train_path.write_text(LF, encoding="utf-8")
+    Path("data").write_text("日志的文件夹建不成")
+    options = ["--train_path", str(train_path), "--vocab_path", str(vocab_path)]
+    assert main([*options, "--save_path", str(tmp_path / "t.pkl")]) == 0
+    assert load_plainly(tmp_path / "t.pkl") == encode_one_by_one(vocab_path)
+    assert capsys.readouterr().err.count("警告：日志 data/preprocess.log 打不开") == 1
+    with pytest.raises(OSError, match="data"):
+        main([*options, "--save_path", str(tmp_path / "t2.pkl"), "--log_path", "data/mine.log"])

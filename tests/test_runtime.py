@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import subprocess
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from chitchat.cli import CliParser, bounded, configure_logging, run_cli
 from chitchat.devices import seed_everything, select_devices
@@ -155,6 +158,38 @@ def test_log_file_gets_each_record_once_and_the_root_logger_is_untouched(tmp_pat
     assert (root.level, list(root.handlers)) == before
 
 
+@pytest.mark.usefixtures("_project_logger")
+@pytest.mark.parametrize("name", ["occupied/x.log", "folder"])
+def test_default_log_that_cannot_be_opened_is_one_warning(name, tmp_path, capsys):
+    (tmp_path / "occupied").write_text("x")
+    (tmp_path / "folder").mkdir()
+    configure_logging(tmp_path / name, is_default=True)
+    logging.getLogger("chitchat.train").info("epoch=%d", 3)
+    err = capsys.readouterr().err
+    assert err.startswith("警告：")
+    assert err.count("警告") == 1
+    for word in (name, "--log_path", "epoch=3"):
+        assert word in err
+    configure_logging(tmp_path / name, console=False, is_default=True)
+    with pytest.raises(OSError, match=r"directory|exists"):
+        configure_logging(tmp_path / name)
+
+
+@pytest.mark.usefixtures("_project_logger")
+def test_full_disk_under_the_log_is_one_warning(monkeypatch, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    configure_logging(Path("/dev/full"))
+    for epoch in range(3):
+        logging.getLogger("chitchat.train").info("epoch=%d", epoch)
+    configure_logging(None, console=False)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("警告") == 1
+    assert "/dev/full" in err
+    assert all(f"epoch={epoch}" in err for epoch in range(3))
+
+
 @pytest.mark.parametrize(
     ("device", "no_cuda", "num_gpus", "expected"),
     [
@@ -187,6 +222,36 @@ def test_wrong_device_is_named_with_the_way_out(device, named, monkeypatch):
         select_devices(device, no_cuda=False)
     assert named in str(error.value)
     assert "--no_cuda" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "advice"),
+    [
+        ("cuda:1", "是不是想写 --device 1；"),
+        ("0，1", "是不是想写 --device 0,1；"),
+        ("0 1", "是不是想写 --device 0,1；"),
+        ("gpu0,gpu1", "是不是想写 --device 0,1；"),
+        ("cpu", "例如 --device 0"),
+        ("-1", "例如 --device 0"),
+        ("1,0,01", "GPU 1 写了不止一次"),
+        ("7", "请改用 --device 1，"),
+    ],
+)
+def test_wrong_device_says_how_to_write_it(device, advice, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError) as error:
+        select_devices(device, no_cuda=False)
+    assert advice in str(error.value)
+    assert "只用 CPU 请加 --no_cuda" in str(error.value)
+
+
+def test_devices_hidden_by_the_environment_are_mentioned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+        select_devices("3", no_cuda=False)
 
 
 def test_seed_fixes_python_numpy_and_torch():
@@ -292,3 +357,64 @@ def test_folder_set_aside_by_a_killed_run_comes_back_when_the_next_one_fails(tmp
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "epoch1"):
         raise RuntimeError
     assert [path.name for path in (tmp_path / "epoch1").iterdir()] == ["old"]
+
+
+def test_file_is_written_through_a_link_and_the_link_stays(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "real.pkl").write_text("old")
+    link = tmp_path / "train.pkl"
+    link.symlink_to("disk/real.pkl")
+    with atomic_file(link) as partial:
+        partial.write_text("new")
+        assert partial.parent == disk
+    assert link.is_symlink()
+    assert (disk / "real.pkl").read_text() == "new"
+    assert [path.name for path in disk.iterdir()] == ["real.pkl"]
+
+
+def test_folder_is_written_through_a_link_and_the_link_stays(tmp_path):
+    disk = tmp_path / "disk"
+    write_folder(disk, config="old", stale="old")
+    link = tmp_path / "model" / "epoch1"
+    link.parent.mkdir()
+    link.symlink_to(disk)
+    for text in ("new", "newer"):
+        with atomic_directory(link) as partial:
+            write_folder(partial, config=text)
+        assert link.is_symlink()
+        assert read_folder(disk) == {"config": text}
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "model"}
+
+
+WRITE_SLOWLY = """
+import sys
+from pathlib import Path
+from chitchat.files import atomic_directory, atomic_file
+kind, path = sys.argv[1], Path(sys.argv[2])
+with (atomic_directory if kind == "folder" else atomic_file)(path) as partial:
+    (partial / "a" if kind == "folder" else partial).write_text("other")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_processes_never_destroy_each_others_temporary_files(tmp_path, kind, is_killed):
+    path = tmp_path / "out" / "epoch1"
+    command = [sys.executable, "-c", WRITE_SLOWLY, kind, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, cwd=ROOT, text=True) as other:
+        assert other.stdout.readline() == "writing\n"
+        if is_killed:
+            other.kill()
+            other.wait()
+        with (atomic_directory if kind == "folder" else atomic_file)(path) as partial:
+            (partial / "a" if kind == "folder" else partial).write_text("mine")
+        if not is_killed:
+            _, err = other.communicate()
+            assert err == ""
+    written = (path / "a" if kind == "folder" else path).read_text()
+    assert written == ("mine" if is_killed else "other")
+    assert [item.name for item in path.parent.iterdir()] == ["epoch1"]

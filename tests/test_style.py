@@ -76,8 +76,8 @@ ARROWS = {
     "chat": {"ground", "tokens", "model"},
 }
 LAYER_OF_MODULE = {
-    **dict.fromkeys(("errors", "cli", "files", "devices"), "ground"),
-    **dict.fromkeys(("architecture", "checkpoint"), "model"),
+    **dict.fromkeys(("errors", "cli", "files", "devices", "interrupts"), "ground"),
+    **dict.fromkeys(("architecture", "checkpoint", "weights"), "model"),
 }
 
 

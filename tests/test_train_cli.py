@@ -221,6 +221,16 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(run, tmp_path)
     assert not any(first[name].equal(other[name]) for name in first if name.endswith("attn.weight"))
 
 
+def test_pretrained_model_of_another_vocabulary_of_equal_size_is_refused(run, tmp_path):
+    start = run("a", epochs=1) / "epoch1"
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join([*TINY_VOCAB[:104], *reversed(TINY_VOCAB[104:])]), encoding="utf-8")
+    with pytest.raises(UserError, match="词表不同") as error:
+        run("b", epochs=1, pretrained_model=start, vocab_path=other)
+    for name in (str(start), str(other), "第 105 项", f"--vocab_path {start}", "preprocess.py"):
+        assert name in str(error.value)
+
+
 def test_pretrained_model_is_where_training_starts(run):
     start = run("a", epochs=1)
     folder = run("b", epochs=1, pretrained_model=start / "epoch1", model_config="none", lr=1e-12)

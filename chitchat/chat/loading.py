@@ -12,6 +12,7 @@ from chitchat.chat.engine import Engine
 from chitchat.checkpoint import load_model
 from chitchat.cli import quiet_transformers
 from chitchat.errors import UserError
+from chitchat.weights import WRAPPERS, check_sizes
 
 
 def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> Engine:
@@ -45,8 +46,10 @@ def _read_standard_folder(directory: Path) -> tuple[dict, dict[str, Tensor]] | N
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] != "gpt2":
             return None
-        return config, load_file(directory / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        check_sizes(directory, config, None)
+        weights = load_file(directory / "model.safetensors")
+        return None if any(name.startswith(WRAPPERS) for name in weights) else (config, weights)
+    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
 

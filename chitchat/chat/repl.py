@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,7 +31,14 @@ HELP = """\
 /set            显示各旋钮现在的值
 /set 名字 值    改一个旋钮，例如 /set temperature 0.8
 /quit           结束聊天"""
+LINE_ENDS = re.compile(r"[\r\n]+")
+COMMAND = re.compile(r"/[a-zA-Z_]+(?:\s|\Z)")  # “/微笑”、“/24”之类是普通的话
 MAX_KEPT_UTTERANCES = 1000  # 历史只为 /undo 多留一些，聊多久内存都不涨
+
+
+def split_lines(text: str) -> list[str]:
+    """有字的各行，去掉两端的空白。"""
+    return [line.strip() for line in LINE_ENDS.split(text) if line.strip()]
 
 
 class Transcript:
@@ -42,8 +50,8 @@ class Transcript:
         self._file.write(f"聊天记录{datetime.datetime.now()}:\n")
 
     def add(self, speaker: str, text: str) -> None:
-        """记下一行 ``speaker:text``。"""
-        self._file.write(f"{speaker}:{text}\n")
+        """记下 ``speaker:text``；一次贴进来的好几行，每行各记一行。"""
+        self._file.write("".join(f"{speaker}:{line}\n" for line in split_lines(text) or [""]))
 
     def close(self) -> None:
         """关闭文件。"""
@@ -93,7 +101,7 @@ class Repl:
     def handle(self, line: str) -> bool:
         """处理一行输入；返回 False 表示用户要结束聊天。"""
         text = line.strip()
-        if text.startswith("/"):
+        if COMMAND.match(text):
             return self._run_command(text)
         if text:
             self._answer(text)
@@ -151,7 +159,7 @@ class Repl:
             shown = self.texts[-self.options.max_history_len :]
             self._tell("\n".join(shown) or "还没有对话")
         elif name == "/save":
-            self._save(arguments)
+            self._save(text.removeprefix(name).strip())
         elif name == "/set":
             self._set_knob(arguments)
         else:
@@ -167,19 +175,22 @@ class Repl:
         self._forget(slice(-2, None))
         self._answer(question)
 
-    def _save(self, arguments: list[str]) -> None:
-        """把这次聊天写成一段语料。"""
-        if len(arguments) != 1 or not self.texts:
+    def _save(self, name: str) -> None:
+        """把这次聊天写成一段语料；文件名里可以有空格，两端的引号不算。"""
+        if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+            name = name[1:-1]
+        if not name or not self.texts:
             self._tell("用法：/save 文件" if self.texts else "还没有可以保存的对话")
             return
-        path = Path(arguments[0])
+        path = Path(name)
         try:
             path = path.expanduser()
             if path.exists():
                 self._tell(f"没有写：{path} 已经存在，请换一个名字")
                 return
             with atomic_file(path) as partial:
-                partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
+                lines = [line for text in self.texts for line in split_lines(text)]
+                partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         except (OSError, ValueError, RuntimeError) as error:  # 后两种是 pathlib 认不出的写法
             self._tell(f"没有写成 {path}：{getattr(error, 'strerror', None) or error}")
             return

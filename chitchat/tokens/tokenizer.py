@@ -19,7 +19,13 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 
 from chitchat.errors import UserError
-from chitchat.tokens.vocabulary import CLS_TOKEN, SEP_TOKEN, SPECIAL_TOKENS, UNK_TOKEN
+from chitchat.tokens.vocabulary import (
+    CLS_TOKEN,
+    REQUIRED_TOKENS,
+    SEP_TOKEN,
+    SPECIAL_TOKENS,
+    UNK_TOKEN,
+)
 
 # 解码时仍要空格的地方：左边是外文字母、数字或收尾标点，右边是外文字母、数字或起始标点。
 _WORD = r"[\p{L}\p{M}\p{Nd}&&[^\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}ー\uFF00-\uFFEF]]"
@@ -34,13 +40,12 @@ _DELETED_SPACES = (
 
 
 class SpecialIds(NamedTuple):
-    """五个特殊 token 的 id，次序与 SPECIAL_TOKENS 相同。"""
+    """特殊 token 的 id，次序与 REQUIRED_TOKENS 相同。"""
 
     pad: int
     unk: int
     cls: int
     sep: int
-    mask: int
 
 
 def build_tokenizer(vocab: Sequence[str]) -> Tokenizer:
@@ -50,7 +55,7 @@ def build_tokenizer(vocab: Sequence[str]) -> Tokenizer:
     汉字之间没有空格）。前者是运行时的开关，不写进 tokenizer.json；后者随 tokenizer.json 保存。
 
     Args:
-        vocab: 词表，下标就是 token id；必须含全部 SPECIAL_TOKENS，且没有重复项。
+        vocab: 词表，下标就是 token id；必须含全部 REQUIRED_TOKENS，且没有重复项。
     """
     ids = {token: token_id for token_id, token in enumerate(vocab)}
     tokenizer = Tokenizer(WordPiece(ids, unk_token=UNK_TOKEN, max_input_chars_per_word=100))
@@ -66,7 +71,8 @@ def build_tokenizer(vocab: Sequence[str]) -> Tokenizer:
 
 def _prepare(tokenizer: Tokenizer) -> Tokenizer:
     """装上自然的解码方式，关掉截断与补齐，并让特殊 token 的字面写法只是文字。"""
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    present = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in present])
     deletions = [decoders.Replace(Regex(pattern), "") for pattern in _DELETED_SPACES]
     tokenizer.decoder = decoders.Sequence(
         [
@@ -161,7 +167,7 @@ def _parse_tokenizer_json(text: str, path: Path) -> Tokenizer:
 
 def _check_special_tokens(vocab: Iterable[str], path: Path) -> None:
     present = set(vocab)
-    missing = [token for token in SPECIAL_TOKENS if token not in present]
+    missing = [token for token in REQUIRED_TOKENS if token not in present]
     if missing:
         raise UserError(
             f"词表 {path} 缺少特殊 token {'、'.join(missing)}："
@@ -170,8 +176,8 @@ def _check_special_tokens(vocab: Iterable[str], path: Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """查出五个特殊 token 的 id。"""
-    return SpecialIds(*map(tokenizer.token_to_id, SPECIAL_TOKENS))
+    """查出四个必需的特殊 token 的 id。"""
+    return SpecialIds(*map(tokenizer.token_to_id, REQUIRED_TOKENS))
 
 
 def unspeakable_ids(tokenizer: Tokenizer) -> list[int]:

@@ -30,7 +30,7 @@ from chitchat.tokens.tokenizer import SpecialIds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT_LEN, REPLY_LEN, TOP_K = 40, 25, 8
-IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
+IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102)
 FORBIDDEN = list(range(104))  # [SEP] 也禁止，回复因此总是 25 个 token
 OURS = "本项目 int8"
 SETTLE_SECONDS = 0.3  # 上一家的线程还会空转一阵，等它们歇下

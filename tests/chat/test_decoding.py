@@ -51,7 +51,7 @@ def generate(bot: Chatbot, contexts, options, seed: int = 0):
     return [response.token_ids for response in bot.generator.generate(contexts, options, rngs)]
 
 
-IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
+IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102)
 
 
 @pytest.mark.parametrize(

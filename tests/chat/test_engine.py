@@ -90,7 +90,7 @@ def test_a_damaged_folder_gets_a_sentence(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="无法从"):
+    with pytest.raises(UserError, match="不完整"):
         load_engine(str(tmp_path / "m"), precision="fp32", device="cpu")
 
 

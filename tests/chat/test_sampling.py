@@ -96,7 +96,7 @@ def test_no_repeat_ngram_equals_transformers(size):
     assert torch.equal(ban_repeated_ngrams(logits, generated, size), expected)
 
 
-IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3)
 FORBIDDEN = [0, 1, 2, 4]
 CONTEXT, LONGER = [2, 7, 3], [2, 8, 9, 3]
 # 只看本轮回复的旋钮；transformers 的 processor 也只给它本轮回复。

@@ -74,7 +74,7 @@ def test_report_says_what_was_understood_and_writes_nothing(run, tmp_path, capsy
         "1 段对话与前面的完全相同，可用 --drop_duplicates 去掉",
     ):
         assert text in report
-    assert {path.name for path in tmp_path.iterdir()} == {"train.txt", "log", "tiny_vocab.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"train.txt", "tiny_vocab.txt"}
 
 
 def test_filters_reach_the_pickle_and_the_note(run, tmp_path):

@@ -231,7 +231,7 @@ def test_random_tokens_decode_to_prefixes_up_to_the_last_word(tokenizer):
 
 
 def test_special_ids_and_vocab_text(tokenizer):
-    assert special_ids(tokenizer) == (0, 100, 101, 102, 103)
+    assert special_ids(tokenizer) == (0, 100, 101, 102)
     assert special_ids(tokenizer).sep == 102
     assert vocab_text(tokenizer).encode() == VOCAB_PATH.read_bytes()
 
@@ -282,7 +282,7 @@ GOOD = "\n".join(SMALL)
         (None, b"", "none.txt", ["none.txt", "--vocab_path"]),
         (None, b"", "", ["tokenizer.json", "vocab.txt", "--vocab_path"]),
         ("vocab.txt", "你好".encode("gbk"), "vocab.txt", ["UTF-8", "vocab.txt"]),
-        ("vocab.txt", b"", "vocab.txt", ["[PAD]、[UNK]、[CLS]、[SEP]、[MASK]"]),
+        ("vocab.txt", b"", "vocab.txt", ["[PAD]、[UNK]、[CLS]、[SEP]"]),
         (
             "vocab.txt",
             GOOD.replace("[SEP]\n", "").encode(),

@@ -1,0 +1,159 @@
+"""模型文件夹里的权重文件：认出根本不是权重的，读懂别的程序存下的样子。不导入 transformers。"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chitchat.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# DataParallel、torch.compile 和训练框架给每个名字加上的
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+NESTS = ("state_dict", "model_state_dict", "model")
+AGAIN = "请从原处重新下载或复制"
+# config.json 的字段 → 由哪个权重的哪一维看出它
+DIMENSIONS = {
+    "n_embd": ("wpe.weight", 1),
+    "vocab_size": ("wte.weight", 0),
+    "n_positions": ("wpe.weight", 0),
+    "n_inner": ("h.0.mlp.c_fc.weight", 1),
+}
+
+
+def check_weight_files(directory: Path) -> None:
+    """文件夹里会被读的权重都要完整。
+
+    Raises:
+        UserError: 有一个是 Git LFS 的指针、网页、空的、没传完的，或别的东西。
+    """
+    for path in _weight_files(directory):
+        with path.open("rb") as file:
+            head = file.read(512)
+        if not head:
+            raise UserError(f"{path} 是空文件：{AGAIN}")
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{path} 是 Git LFS 的指针，不是权重：请在那个仓库里运行 git lfs pull，"
+                "或从网页下载原文件"
+            )
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+            raise UserError(f"{path} 是一个网页，不是权重：下载时可能要登录，{AGAIN}")
+        if path.suffix == ".safetensors":
+            _read_shapes(path)
+        elif head.startswith(b"PK"):
+            if not zipfile.is_zipfile(path):
+                raise UserError(f"{path} 不完整，下载或复制时断了：{AGAIN}")
+        elif not head.startswith(b"\x80"):
+            raise UserError(f"{path} 不是 torch 存下的权重：{AGAIN}")
+
+
+def read_weights(directory: Path) -> dict[str, Tensor] | None:
+    """读出 pytorch_model.bin，或名字带着 ``module.`` 之类前缀的 safetensors。
+
+    Returns:
+        标准的名字 → 张量；safetensors 本来就标准，或分成好几个文件时是 None，由 transformers 去读。
+
+    Raises:
+        UserError: 文件读不出，或里面没有权重。
+    """
+    path, *others = _weight_files(directory)
+    if others:
+        return None
+    if path.suffix == ".safetensors":
+        if not any(name.startswith(WRAPPERS) for name in _read_shapes(path)):
+            return None
+        from safetensors.torch import load_file
+
+        return unwrap(load_file(path))
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} 已损坏，读不出权重：{AGAIN}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} 里除了张量还有别的对象，为安全起见不读：请用原来的程序只存下 state_dict"
+        ) from error
+    weights = unwrap(state) if isinstance(state, Mapping) else {}
+    if not weights:
+        raise UserError(f"{path} 里没有权重：应是 state_dict，即名字到张量的字典")
+    return weights
+
+
+def unwrap(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """取出训练字典里的 state_dict，去掉名字的前缀；不修改入参。"""
+    import torch
+
+    while nest := next((name for name in NESTS if isinstance(state.get(name), Mapping)), None):
+        state = state[nest]
+    weights = {}
+    for name, value in state.items():
+        while name.startswith(WRAPPERS):
+            name = name.partition(".")[2]
+        if isinstance(value, torch.Tensor):
+            weights[name] = value
+    return weights
+
+
+def check_sizes(directory: Path, config: Mapping, weights: Mapping[str, Tensor] | None) -> None:
+    """config.json 的各个大小要与权重的一致。
+
+    Args:
+        directory: 模型文件夹，供错误信息使用。
+        config: config.json 的内容；没有写的字段不检查。
+        weights: 标准的权重；None 表示由文件夹里的 safetensors 的头部看出。
+
+    Raises:
+        UserError: 有一个字段与权重不一致。
+    """
+    if weights is None:
+        paths = [path for path in _weight_files(directory) if path.suffix == ".safetensors"]
+        shapes = {name: shape for path in paths for name, shape in _read_shapes(path).items()}
+    else:
+        shapes = {name: weight.shape for name, weight in weights.items()}
+    shapes = {name.removeprefix("transformer."): tuple(shape) for name, shape in shapes.items()}
+    for field, (name, dimension) in DIMENSIONS.items():
+        if isinstance(config.get(field), int) and len(shapes.get(name, ())) > dimension:
+            _compare(directory, field, config[field], shapes[name][dimension])
+    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("h.")}
+    if isinstance(config.get("n_layer"), int) and layers:
+        _compare(directory, "n_layer", config["n_layer"], max(layers) + 1)
+
+
+def _compare(directory: Path, field: str, wanted: int, found: int) -> None:
+    if wanted != found:
+        raise UserError(
+            f"{directory} 的 config.json 与权重不符：{field} 写的是 {wanted}，权重里是 {found}；"
+            f"训练之后不能改它，请改回 {found}"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """会被读的权重文件；两种都有时 transformers 只读 safetensors。"""
+    patterns = ("model*.safetensors", "pytorch_model*.bin")
+    return next((files for p in patterns if (files := sorted(directory.glob(p)))), [])
+
+
+def _read_shapes(path: Path) -> dict[str, Sequence[int]]:
+    """由 safetensors 的头部读出各个权重的形状，确认文件没有断。"""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= size - 8 else {}
+        header.pop("__metadata__", None)
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        shapes = {name: entry["shape"] for name, entry in header.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        end, shapes = -1, {}
+    if 8 + length + end != size:
+        raise UserError(f"{path} 不完整或不是 safetensors 文件，下载或复制时断了：{AGAIN}")
+    return shapes
