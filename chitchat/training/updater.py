@@ -90,19 +90,28 @@ class Updater:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self._params, self.max_grad_norm, foreach=True)
+        is_bad = (~torch.isfinite(grad_norm)).float()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = is_bad  # 不为零时优化器在设备上跳过这一步，不必等待 GPU
+            optimizer.step()
         if self.scaler.is_enabled():
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
+            self._update_scale(is_bad)
         else:
-            is_bad = (~torch.isfinite(grad_norm)).float()
             self._num_bad_steps += is_bad
-            for optimizer in self.optimizers:
-                optimizer.found_inf = is_bad  # 不为零时优化器在设备上跳过这一步，不必等待 GPU
-                optimizer.step()
         for scheduler in self.schedulers:
             scheduler.step()
         return sums, grad_norm
+
+    def _update_scale(self, is_bad: Tensor) -> None:
+        """按整个窗口的梯度调整 loss 的倍数；is_bad 是标量，不为零时减半。
+
+        GradScaler 分别判断各优化器，一个里的 Inf 却会经过裁剪带坏另一个的梯度，范数也可能自己
+        溢出：所以更新与否都由 is_bad 决定，它各自的判断改成同一个，也不用它的 step。
+        """
+        for optimizer in self.optimizers:
+            for found_inf in self.scaler._found_inf_per_device(optimizer).values():
+                found_inf.copy_(is_bad)
+        self.scaler.update()
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:

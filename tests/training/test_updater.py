@@ -239,6 +239,32 @@ def test_fp16_overflow_lowers_the_scale_and_skips_the_step(make_model, name):
         updater.check_finite()
 
 
+@pytest.mark.parametrize("value", [float("inf"), 1e25])  # 后者自己有限，范数却溢出
+@pytest.mark.parametrize(
+    "param_name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"]
+)
+def test_one_bad_fp16_gradient_skips_every_optimizer(make_model, param_name, value):
+    model = make_model()
+    updater = make_updater(LossModule(model, precision="fp16"), "muon", max_grad_norm=2.0)
+    updater.step(make_batch())
+    params, state = copy_params(model), plain_state(updater)
+    scale = updater.scaler.get_scale()
+
+    def spoil(param: nn.Parameter) -> None:
+        param.grad.fill_(value * scale)
+
+    hook = model.get_parameter(param_name).register_post_accumulate_grad_hook(spoil)
+    _, grad_norm = updater.step(make_batch())
+    hook.remove()
+    assert not grad_norm.isfinite()
+    torch.testing.assert_close(copy_params(model), params, rtol=0, atol=0)
+    torch.testing.assert_close(plain_state(updater), state, rtol=0, atol=0)
+    assert updater.scaler.get_scale() == scale / 2
+    updater.step(make_batch())
+    updater.check_finite()
+    assert all(not param.equal(params[name]) for name, param in model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "device", "has_bf16", "expected"),
     [
