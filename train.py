@@ -49,8 +49,9 @@ from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.state import (
     STATE_NAME,
     Progress,
+    find_state,
     fingerprint,
-    resume,
+    restore_state,
     save_state,
     set_aside,
 )
@@ -118,7 +119,8 @@ def add_model_options(add: Callable) -> None:
         "（默认 %(default)s）")
     add("--no_cuda", action="store_true", help="只用 CPU")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
-        help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32（默认 %(default)s）")
+        help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32；续训时与上次相同"
+        "（默认 %(default)s）")
     add("--train_mmi", action="store_true",
         help="各句倒过来训练，得到 interact.py --mmi_model_path 所用的反向模型")
     add("--compile", action="store_true",
@@ -411,24 +413,30 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     model.to(device).train()
     if args.compile:
         model.transformer.compile()
-    precision = processes.share(lambda: choose_precision(args.precision, device))
     wanted_lr = args.lr
     choose_optimization(args, model, loaders[0])
+    state_path = args.save_model_dir / STATE_NAME
+    identity = {
+        "precision": args.precision,
+        **{name: getattr(args, name) for name in UNCHANGEABLE},
+        **fingerprint(table, tokenizer, model),
+    }
+    saved = find_state(state_path, identity, processes) if args.resume else None
+    if saved is not None:
+        precision = saved["identity"]["precision"]
+    else:
+        precision = processes.share(lambda: choose_precision(args.precision, device))
+    identity["precision"] = precision
     updater = build_updater(
         args, model, loaders[0], precision=precision, devices=devices, processes=processes
     )
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
-    state_path = args.save_model_dir / STATE_NAME
-    identity = {
-        "precision": precision,
-        **{name: getattr(args, name) for name in UNCHANGEABLE},
-        **fingerprint(table, tokenizer, model),
-    }
     parts = {"model": model, "updater": updater, "processes": processes, "device": device}
     progress = Progress()
-    if args.resume:
-        progress = resume(state_path, identity, peak_lr=wanted_lr, **parts)
-    elif processes.is_main:
+    if saved is not None:
+        progress = restore_state(saved, peak_lr=wanted_lr, **parts)
+        saved = None  # 与模型一样大
+    elif processes.is_main and not args.resume:
         set_aside(state_path)
     log_overview(
         updater, model, loaders, args, precision=precision, devices=devices, processes=processes

@@ -439,7 +439,17 @@ def test_resume_without_state_starts_afresh(run):
     assert_same_outcome(folder, run("a"))
 
 
+def test_resume_with_auto_precision_takes_the_saved_one(run, monkeypatch):
+    folder = run(epochs=1, precision="bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # 自己选会选 fp32
+    run(epochs=2, resume=True, precision="auto")
+    assert re.findall(r" precision=(\S+)", read_log(folder)) == ["bf16", "bf16"]
+    run(epochs=3, resume=True, precision="auto")  # 存下的仍是具体的精度
+    assert epochs_logged(folder) == [1, 2, 3]
+
+
 CHANGES = {
+    "precision": lambda path: "bf16",
     "seed": lambda path: 1,
     "batch_size": lambda path: 5,
     "gradient_accumulation_steps": lambda path: 2,

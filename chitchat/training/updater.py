@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import timeit
 from collections.abc import Callable
 
 import torch
@@ -22,6 +21,8 @@ from chitchat.training.dataset import Batch
 from chitchat.training.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM 的
 
 
 class Updater:
@@ -243,24 +244,17 @@ class Updater:
 def choose_precision(name: str, device: torch.device) -> str:
     """把 ``auto`` 变成具体的精度。
 
-    有 bf16 硬件用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32。CPU 是否有 bf16 指令靠实测：
-    没有时 bf16 矩阵乘法比 fp32 慢几十倍，有时快几倍，不会认错。
+    有 bf16 硬件用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32，在那里 bf16 要慢几十倍。
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp16"
-    return "bf16" if _is_cpu_faster_in_bf16() else "fp32"
-
-
-def _is_cpu_faster_in_bf16(size: int = 256, repeats: int = 5) -> bool:
-    """各取最快的一次：别的程序偶尔占去 CPU 也不会认错。"""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda m=matrix: m @ m, number=1, repeat=repeats))
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+    # 有指令还不够：只有 oneDNN（mkldnn）的矩阵乘法会用它们。
+    instructions = torch.cpu.get_capabilities()
+    has_bf16 = any(instructions.get(name) for name in BF16_INSTRUCTIONS)
+    return "bf16" if has_bf16 and torch.backends.mkldnn.is_available() else "fp32"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
