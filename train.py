@@ -301,7 +301,11 @@ def train(
                 if is_interrupted:
                     return False
             average, speed = meter.read_epoch()
-            validation = evaluate(updater, val_loader)
+            progress.average = average
+            save_progress()  # 验证可能很久；被中断的话，续训时只从它重来
+            validation = evaluate(updater, val_loader, should_stop)
+            if validation is None:
+                return False
             epoch = progress.epoch + 1
             log.write_epoch(progress.step, epoch, average, validation, lr=updater.lr, speed=speed)
             save(f"epoch{epoch}")
