@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import pickle
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -330,6 +332,48 @@ def test_killed_run_resumes_from_the_last_saved_step(
     saved_step = step - step % save_steps if save_steps else 5
     assert f"resume: epoch={saved_step // 5 + 1} step={saved_step}\n" in read_log(resumed)
     assert_same_outcome(resumed, whole)
+
+
+class GoneTerminal(io.StringIO):
+    """Ssh 断开之后的标准错误。"""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.fixture
+def hang_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """调用它就像 ssh 断开：终端没了，再来一个 SIGHUP；没有人管它时抛出 Killed。"""
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("no SIGHUP here")
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    def hang_up() -> None:
+        monkeypatch.setattr(sys, "stderr", GoneTerminal())
+        signal.raise_signal(signal.SIGHUP)
+
+    previous = signal.signal(signal.SIGHUP, die)
+    yield hang_up
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_dropped_connection_saves_the_state(run, with_dropout, hang_up, monkeypatch):
+    whole = run("whole", **with_dropout)
+    with monkeypatch.context() as patch:
+        happen_after(patch, 3, hang_up)
+        resumed = run("resumed", code=130, **with_dropout)
+    assert "interrupted: step=3" in read_log(resumed)
+    run("resumed", resume=True, **with_dropout)
+    assert_same_outcome(resumed, whole)
+
+
+def test_dropped_connection_is_ignored_under_nohup(run, hang_up, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    happen_after(monkeypatch, 3, hang_up)
+    assert epochs_logged(run()) == [1, 2]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def happen_in_validation(
