@@ -217,10 +217,11 @@ def prepare_data(
 
 
 def choose_optimization(
-    args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader
+    args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader, processes: Processes
 ) -> None:
     """把没有指定的优化器、学习率和预热步数定下来，写回 args。"""
-    tokens_per_update = loader.dataset.lengths.sum() / len(loader)
+    # 前向和反向由各进程分摊，正交化却每个进程都做一遍。
+    tokens_per_update = loader.dataset.lengths.sum() / len(loader) / processes.world_size
     if args.optimizer == "auto" and args.pretrained_model:
         args.optimizer = "adamw"
     args.optimizer = choose_optimizer(args.optimizer, model, tokens_per_update)
@@ -418,7 +419,7 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     if args.compile:
         model.transformer.compile()
     wanted_lr = args.lr
-    choose_optimization(args, model, loaders[0])
+    choose_optimization(args, model, loaders[0], processes)
     state_path = args.save_model_dir / STATE_NAME
     identity = {
         "precision": args.precision,

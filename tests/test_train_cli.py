@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from sklearn.model_selection import train_test_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import train
@@ -31,6 +33,8 @@ from chitchat.architecture import build_model
 from chitchat.cli import configure_logging, run_cli
 from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
+from chitchat.training.batching import LengthBucketSampler
+from chitchat.training.processes import Processes
 from chitchat.training.state import STATE_NAME
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
@@ -710,6 +714,25 @@ def test_optimizer_and_lr_are_chosen_and_logged(run, options, optimizer, lr):
     log = read_log(folder)
     assert f"optimizer={optimizer}\n" in log
     assert f"peak_learning_rate={lr}\n" in log
+
+
+@pytest.mark.parametrize(("world_size", "optimizer"), [(1, "muon"), (2, "adamw")])
+def test_optimizer_weighs_the_work_of_one_process(world_size, optimizer, monkeypatch):
+    """每个进程都做全部的正交化，却只有自己那份 token；两个进程就不划算了。"""
+    seen = []
+
+    def choose(name: str, model: object, tokens_per_update: float) -> str:
+        seen.append(tokens_per_update)
+        return "muon" if tokens_per_update > 100 else "adamw"
+
+    monkeypatch.setattr(train, "choose_optimizer", choose)
+    lengths = torch.tensor([30] * 20).numpy()
+    sampler = LengthBucketSampler(lengths, window_size=5, seed=0, world_size=world_size)
+    loader = DataLoader(SimpleNamespace(lengths=lengths), batch_size=None, sampler=sampler)
+    args = train.build_parser().parse_args([])
+    train.choose_optimization(args, None, loader, Processes(0, world_size, 0))
+    assert seen == [150 / world_size]
+    assert args.optimizer == optimizer
 
 
 def test_training_from_weights_takes_adamw_with_a_small_lr(run):

@@ -51,6 +51,7 @@ def train_options(folder: Path, name: str, **options: object) -> list[str]:
         "lr": 0.01,
         "eps": 1e-3,
         "warmup_steps": 0,
+        "optimizer": "muon",  # auto 会随进程数而变
         "lr_schedule": "constant",
         "precision": "fp32",
         **options,
