@@ -104,7 +104,7 @@ def add_data_options(add: Callable) -> None:
     add("--num_workers", type=bounded(int, minimum=0), default=0, metavar="N",
         help="读数据的子进程数，0 表示在主进程里读（默认 %(default)s）")
     add("--ignore_index", type=bounded(int, maximum=-1), default=IGNORE_INDEX, metavar="ID",
-        help="labels 里不计入 loss 的值，必须是负数（默认 %(default)s）")
+        help="已不起作用：补齐处总是不计入 loss（默认 %(default)s）")
     add("--gpu0_bsz", help="已不起作用：各卡负载本来就均衡")
 
 
@@ -211,7 +211,6 @@ def prepare_data(
         processes=processes,
         max_len=args.max_len,
         pad_id=ids.pad,
-        ignore_index=args.ignore_index,
         width_multiple=COMPILED_WIDTH if args.compile else 1,
     )
 
@@ -243,7 +242,7 @@ def build_updater(
     """模型套上损失和并行，配好优化器与学习率曲线。"""
     optimizers = build_optimizers(model, args.optimizer, lr=args.lr, eps=args.eps)
     return Updater(
-        parallelize(LossModule(model, args.ignore_index, precision=precision), devices, processes),
+        parallelize(LossModule(model, precision=precision), devices, processes),
         optimizers,
         build_schedulers(
             optimizers,
@@ -285,6 +284,9 @@ def train(
     train_loader, val_loader = loaders
     processes = updater.processes
     stopping = progress.early_stopping(args.patience)
+    if progress.epoch >= args.epochs or stopping.should_stop:
+        option = "--epochs" if progress.epoch >= args.epochs else "--patience"
+        logger.info("nothing left to do: epoch=%d is done, raise %s", progress.epoch, option)
     log = TrainingLog(
         args.save_model_dir / "runs" if processes.is_main else None,
         total_steps=len(train_loader) * args.epochs,
@@ -391,6 +393,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("log", "gpu0_bsz"):
         if getattr(args, name) is not None:
             logger.warning("--%s has no effect any more", name)
+    if args.ignore_index != IGNORE_INDEX:
+        logger.warning("--ignore_index has no effect any more")
     devices = choose_devices(args.device, processes, no_cuda=args.no_cuda)
     if args.compile and len(devices) > 1:
         raise UserError(
@@ -403,6 +407,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error).split("\n")[0]
         raise UserError(
             f"放不下模型和优化器（{reason}）：请换小一些的模型，或关掉占用显存的别的程序"
+        ) from error
+    except RuntimeError as error:
+        is_compiling = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+        if not is_compiling:
+            raise
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--compile 编译不了模型（{reason}）：它要用 C++ 编译器，请装上 g++，或去掉 --compile"
         ) from error
 
 

@@ -602,6 +602,42 @@ def test_options_without_effect_are_accepted(run):
     assert_same(load_weights(folder), load_weights(run("b")))
 
 
+def test_ignore_index_has_no_effect_and_says_so(run):
+    folder = run("a", ignore_index=-7)
+    assert "--ignore_index has no effect" in read_log(folder)
+    plain = run("b")
+    assert "no effect" not in read_log(plain)
+    assert_same(load_weights(folder), load_weights(plain))
+
+
+def test_compile_without_a_compiler_is_one_sentence(run, monkeypatch, tmp_path, capsys):
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "none")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: run(compile=True))
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "错误：" in line]
+    assert "--compile" in sentence
+    assert "No working C++ compiler found" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [({}, "--epochs"), ({"patience": 1, "lr": 0.3, "epochs": 30}, "--patience")],
+)
+def test_resuming_a_finished_run_says_that_nothing_is_left(run, options, advice):
+    options = {"lr_schedule": "constant", **options}
+    folder = run(**options)
+    assert "nothing left to do" not in read_log(folder)
+    epochs = epochs_logged(folder)
+    run(resume=True, **options)
+    assert re.search(f"nothing left to do: epoch={len(epochs)} .*{advice}", read_log(folder))
+    assert epochs_logged(folder) == epochs
+
+
 class Payload:
     """反序列化时建立文件夹 hacked；conftest 让当前目录是 tmp_path。"""
 
