@@ -263,7 +263,9 @@ def set_launch(monkeypatch):
 )
 def test_place_is_read_from_the_environment(values, expected, set_launch):
     set_launch(**values)
-    assert Processes.from_environment() == Processes(*expected)
+    processes = Processes.from_environment()
+    assert processes == Processes(*expected)
+    assert processes.is_main == (expected[0] == 0)
 
 
 @pytest.mark.parametrize(

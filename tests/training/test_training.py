@@ -247,24 +247,6 @@ def test_metrics_without_a_folder_write_nothing():
     assert list(Path.cwd().iterdir()) == []  # conftest 让当前目录是空的 tmp_path
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected", "is_main"),
-    [
-        ({}, (0, 1, 0), True),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1), False),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (0, 2, 0), True),
-    ],
-)
-def test_place_among_the_processes_comes_from_torchrun(environment, expected, is_main, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    processes = Processes.from_environment()
-    assert (processes.rank, processes.world_size, processes.local_rank) == expected
-    assert processes.is_main is is_main
-
-
 def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
     clock = iter([100.0, 102.0, 107.0, 110.0])
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
