@@ -162,7 +162,8 @@ def add_output_options(add: Callable) -> None:
     add("--log_path", type=Path, default=Path("data/train.log"), metavar="FILE",
         help="日志，追加写入（默认 %(default)s）")
     add("--log_step", type=count, default=10, metavar="STEPS",
-        help="每多少次参数更新更新进度条、写一次 TensorBoard（默认 %(default)s）")
+        help="每多少次参数更新更新进度条、写一次 TensorBoard 和进度的日志，后者至多十秒一行"
+        "（默认 %(default)s）")
     add("--log", nargs="?", const="True", help="已不起作用：总是写日志")
     add("--resume", action="store_true",
         help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")
@@ -343,13 +344,20 @@ def train_epoch(
         meter.add(sums)
         progress.window += 1
         progress.step += 1
-        log.advance(progress.step)
+        log.advance()
         should_log = progress.step % log_step == 0
         if should_log or updater.device.type == "cpu":
             updater.check_finite()
         if should_log:
             recent, speed = meter.read_recent()
-            log.write_step(progress.step, recent, speed, lr=updater.lr, grad_norm=float(grad_norm))
+            log.write_step(
+                progress.step,
+                progress.epoch + 1,
+                recent,
+                lr=updater.lr,
+                speed=speed,
+                grad_norm=float(grad_norm),
+            )
         yield
     updater.check_finite()
 

@@ -117,9 +117,11 @@ def _complain(sentence: str) -> int:
 
 
 class _TqdmHandler(logging.StreamHandler):
-    """写日志时先让开进度条，日志行不会与进度条混在一行。"""
+    """写日志时先让开进度条，日志行不会与进度条混在一行；终端上有进度条，就不写进度的行。"""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_progress", False) and sys.stderr.isatty():
+            return
         with contextlib.suppress(OSError):  # 终端已经没了（ssh 断开）；日志文件里都有
             tqdm.write(self.format(record), file=sys.stderr)
 

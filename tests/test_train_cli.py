@@ -33,6 +33,7 @@ from chitchat.architecture import build_model
 from chitchat.cli import configure_logging, run_cli
 from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
+from chitchat.training import reporting
 from chitchat.training.batching import LengthBucketSampler
 from chitchat.training.processes import Processes
 from chitchat.training.state import STATE_NAME
@@ -197,6 +198,37 @@ def test_resumed_run_keeps_the_points_of_the_last_epoch(run):
     events.Reload()
     for tag in ("train/loss", "val/loss"):
         assert [event.step for event in events.Scalars(tag)] == [5, 10], tag
+
+
+PROGRESS_LINE = re.compile(
+    r"INFO epoch=(\d+) step=(\d+) loss=(\d\.\d{4}) lr=\d\.\de[+-]\d\d "
+    r"tokens_per_second=(\d+) minutes_left=(\d+)$",
+    re.MULTILINE,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_logged_and_shown_where_no_bar_is(is_terminal, run, monkeypatch):
+    stderr = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(reporting, "PROGRESS_SECONDS", 0)
+    folder = run(log_step=2)
+    steps = [("1", "2"), ("1", "4"), ("2", "6"), ("2", "8"), ("2", "10")]
+    assert [match.groups()[:2] for match in PROGRESS_LINE.finditer(read_log(folder))] == steps
+    shown = [match.groups()[:2] for match in PROGRESS_LINE.finditer(stderr.getvalue())]
+    assert shown == ([] if is_terminal else steps)
+    assert len(EPOCH_LINE.findall(stderr.getvalue())) == 2
+    assert "estimated" not in read_log(folder)
+
+
+def test_progress_comes_at_most_every_ten_seconds(run):
+    """两轮不到一秒。"""
+    assert PROGRESS_LINE.findall(read_log(run(log_step=1))) == []
 
 
 def test_curve_is_drawn_next_to_the_checkpoints(run, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from transformers import GPT2LMHeadModel
 from chitchat.errors import UserError
 from chitchat.tokens.token_table import TokenTable
 from chitchat.training import meters as training
+from chitchat.training import reporting
 from chitchat.training.batching import LengthBucketSampler
 from chitchat.training.dataset import IGNORE_INDEX, Batch, DialogueDataset, collate
 from chitchat.training.loss import LossModule
@@ -261,3 +263,29 @@ def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
     meter.add(torch.tensor([7.0, 4, 0]))
     epoch, speed = meter.read_epoch()
     assert (epoch.loss, epoch.accuracy, speed) == (20.0 / 20, 7 / 20, 20 / 10)
+
+
+def test_progress_lines_average_over_ten_seconds_and_estimate_the_rest(monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
+    logger = logging.getLogger("chitchat.training.reporting")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logger, "propagate", False)
+    lines = reporting.ProgressLines(total_steps=700, first_step=100)
+    for step in range(101, 131):  # 每步 4 秒，100 个 token
+        now[0] += 4
+        recent = TokenAverage(loss_sum=100.0 * step, num_tokens=100)
+        lines.report(step, 1, recent, lr=1e-3)
+        if step == 104:
+            now[0] += 1000  # 验证占去的时间不算进速度
+            lines.restart()
+    texts = [record.getMessage() for record in caplog.records]
+    # 第 3、7、10、… 步满十秒；还剩的分钟数里算进了验证
+    minutes = [round((4 * n + 1000 * (n > 4)) / n * (600 - n) / 60) for n in (3, 7, 10)]
+    assert texts[:3] == [
+        f"epoch=1 step=103 loss=102.0000 lr=1.0e-03 tokens_per_second=25 minutes_left={minutes[0]}",
+        f"epoch=1 step=107 loss=106.0000 lr=1.0e-03 tokens_per_second=25 minutes_left={minutes[1]}",
+        f"epoch=1 step=110 loss=109.0000 lr=1.0e-03 tokens_per_second=25 minutes_left={minutes[2]}",
+    ]
+    assert len(texts) == 1 + 8
