@@ -59,8 +59,9 @@ from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.state import (
     STATE_NAME,
     Progress,
+    find_state,
     fingerprint,
-    resume,
+    restore_state,
     save_state,
     set_aside,
 )
@@ -113,7 +114,7 @@ def add_data_options(add: Callable) -> None:
     add("--num_workers", type=bounded(int, minimum=0), default=0, metavar="N",
         help="读数据的子进程数，0 表示在主进程里读（默认 %(default)s）")
     add("--ignore_index", type=bounded(int, maximum=-1), default=IGNORE_INDEX, metavar="ID",
-        help="labels 里不计入 loss 的值，必须是负数（默认 %(default)s）")
+        help="已不起作用：补齐处总是不计入 loss（默认 %(default)s）")
     add("--gpu0_bsz", help="已不起作用：各卡负载本来就均衡")
 
 
@@ -128,7 +129,8 @@ def add_model_options(add: Callable) -> None:
         "（默认 %(default)s）")
     add("--no_cuda", action="store_true", help="只用 CPU")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
-        help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32（默认 %(default)s）")
+        help="前向的精度；auto：硬件有 bf16 就用，老 GPU 用 fp16，否则 fp32；续训时与上次相同"
+        "（默认 %(default)s）")
     add("--train_mmi", action="store_true",
         help="各句倒过来训练，得到 interact.py --mmi_model_path 所用的反向模型")
     add("--compile", action="store_true",
@@ -170,7 +172,8 @@ def add_output_options(add: Callable) -> None:
     add("--log_path", type=Path, default=Path("data/train.log"), metavar="FILE",
         help="日志，追加写入（默认 %(default)s）")
     add("--log_step", type=count, default=10, metavar="STEPS",
-        help="每多少次参数更新更新进度条、写一次 TensorBoard（默认 %(default)s）")
+        help="每多少次参数更新更新进度条、写一次 TensorBoard 和进度的日志，后者至多十秒一行"
+        "（默认 %(default)s）")
     add("--log", nargs="?", const="True", help="已不起作用：总是写日志")
     add("--resume", action="store_true",
         help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")
@@ -225,16 +228,16 @@ def prepare_data(
         processes=processes,
         max_len=args.max_len,
         pad_id=ids.pad,
-        ignore_index=args.ignore_index,
         width_multiple=COMPILED_WIDTH if args.compile else 1,
     )
 
 
 def choose_optimization(
-    args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader
+    args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader, processes: Processes
 ) -> None:
     """把没有指定的优化器、学习率和预热步数定下来，写回 args。"""
-    tokens_per_update = loader.dataset.lengths.sum() / len(loader)
+    # 前向和反向由各进程分摊，正交化却每个进程都做一遍。
+    tokens_per_update = loader.dataset.lengths.sum() / len(loader) / processes.world_size
     if args.optimizer == "auto" and args.pretrained_model:
         args.optimizer = "adamw"
     args.optimizer = choose_optimizer(args.optimizer, model, tokens_per_update)
@@ -256,7 +259,7 @@ def build_updater(
     """模型套上损失和并行，配好优化器与学习率曲线。"""
     optimizers = build_optimizers(model, args.optimizer, lr=args.lr, eps=args.eps)
     return Updater(
-        parallelize(LossModule(model, args.ignore_index, precision=precision), devices, processes),
+        parallelize(LossModule(model, precision=precision), devices, processes),
         optimizers,
         build_schedulers(
             optimizers,
@@ -298,6 +301,9 @@ def train(
     train_loader, val_loader = loaders
     processes = updater.processes
     stopping = progress.early_stopping(args.patience)
+    if progress.epoch >= args.epochs or stopping.should_stop:
+        option = "--epochs" if progress.epoch >= args.epochs else "--patience"
+        logger.info("nothing left to do: epoch=%d is done, raise %s", progress.epoch, option)
     log = TrainingLog(
         args.save_model_dir / "runs" if processes.is_main else None,
         total_steps=len(train_loader) * args.epochs,
@@ -315,7 +321,11 @@ def train(
                 if is_interrupted:
                     return False
             average, speed = meter.read_epoch()
-            validation = evaluate(updater, val_loader)
+            progress.average = average
+            save_progress()  # 验证可能很久；被中断的话，续训时只从它重来
+            validation = evaluate(updater, val_loader, should_stop)
+            if validation is None:
+                return False
             epoch = progress.epoch + 1
             log.write_epoch(progress.step, epoch, average, validation, lr=updater.lr, speed=speed)
             save(f"epoch{epoch}")
@@ -350,13 +360,20 @@ def train_epoch(
         meter.add(sums)
         progress.window += 1
         progress.step += 1
-        log.advance(progress.step)
+        log.advance()
         should_log = progress.step % log_step == 0
         if should_log or updater.device.type == "cpu":
             updater.check_finite()
         if should_log:
             recent, speed = meter.read_recent()
-            log.write_step(progress.step, recent, speed, lr=updater.lr, grad_norm=float(grad_norm))
+            log.write_step(
+                progress.step,
+                progress.epoch + 1,
+                recent,
+                lr=updater.lr,
+                speed=speed,
+                grad_norm=float(grad_norm),
+            )
         yield
     updater.check_finite()
 
@@ -406,6 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("log", "gpu0_bsz"):
         if getattr(args, name) is not None:
             logger.warning("--%s has no effect any more", name)
+    if args.ignore_index != IGNORE_INDEX:
+        logger.warning("--ignore_index has no effect any more")
     devices = choose_devices(args.device, processes, no_cuda=args.no_cuda)
     if args.compile and len(devices) > 1:
         raise UserError(
@@ -418,6 +437,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error).split("\n")[0]
         raise UserError(
             f"放不下模型和优化器（{reason}）：请换小一些的模型，或关掉占用显存的别的程序"
+        ) from error
+    except RuntimeError as error:
+        is_compiling = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+        if not is_compiling:
+            raise
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--compile 编译不了模型（{reason}）：它要用 C++ 编译器，请装上 g++，或去掉 --compile"
         ) from error
 
 
@@ -433,24 +460,30 @@ def run(args: argparse.Namespace, devices: list[torch.device], processes: Proces
     model.to(device).train()
     if args.compile:
         model.transformer.compile()
-    precision = processes.share(lambda: choose_precision(args.precision, device))
     wanted_lr = args.lr
-    choose_optimization(args, model, loaders[0])
+    choose_optimization(args, model, loaders[0], processes)
+    state_path = args.save_model_dir / STATE_NAME
+    identity = {
+        "precision": args.precision,
+        **{name: getattr(args, name) for name in UNCHANGEABLE},
+        **fingerprint(table, tokenizer, model),
+    }
+    saved = find_state(state_path, identity, processes) if args.resume else None
+    if saved is not None:
+        precision = saved["identity"]["precision"]
+    else:
+        precision = processes.share(lambda: choose_precision(args.precision, device))
+    identity["precision"] = precision
     updater = build_updater(
         args, model, loaders[0], precision=precision, devices=devices, processes=processes
     )
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
-    state_path = args.save_model_dir / STATE_NAME
-    identity = {
-        "precision": precision,
-        **{name: getattr(args, name) for name in UNCHANGEABLE},
-        **fingerprint(table, tokenizer, model),
-    }
     parts = {"model": model, "updater": updater, "processes": processes, "device": device}
     progress = Progress()
-    if args.resume:
-        progress = resume(state_path, identity, peak_lr=wanted_lr, **parts)
-    elif processes.is_main:
+    if saved is not None:
+        progress = restore_state(saved, peak_lr=wanted_lr, **parts)
+        saved = None  # 与模型一样大
+    elif processes.is_main and not args.resume:
         set_aside(state_path)
     log_overview(
         updater, model, loaders, args, precision=precision, devices=devices, processes=processes

@@ -130,10 +130,13 @@ def _warn(sentence: str) -> None:
 
 
 class _TqdmHandler(logging.StreamHandler):
-    """写日志时先让开进度条，日志行不会与进度条混在一行。"""
+    """写日志时先让开进度条，日志行不会与进度条混在一行；终端上有进度条，就不写进度的行。"""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        if getattr(record, "is_progress", False) and sys.stderr.isatty():
+            return
+        with contextlib.suppress(OSError):  # 终端已经没了（ssh 断开）；日志文件里都有
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _LogFile(logging.FileHandler):
@@ -195,9 +198,18 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def stop_signal_numbers() -> list[int]:
+    """要求程序停下的信号：Ctrl+C、SIGTERM，以及 ssh 断开时的 SIGHUP（Windows 没有）。"""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """收到 Ctrl+C 或 SIGTERM 时先记下，训练循环存好状态再停；第二次 Ctrl+C 立刻停。"""
+    """收到停下的信号时先记下，训练循环存好状态再停；第二次 Ctrl+C 立刻停。
+
+    用 nohup 启动时 SIGHUP 是不理会的，那就仍不理会。
+    """
     received = []
 
     def remember(signum: int, frame: object) -> None:
@@ -209,7 +221,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
                 "saving and stopping; press Ctrl+C again to stop at once"
             )
 
-    previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {}
+    for signum in stop_signal_numbers():
+        is_hang_up = signum not in (signal.SIGINT, signal.SIGTERM)
+        if not (is_hang_up and signal.getsignal(signum) == signal.SIG_IGN):
+            previous[signum] = signal.signal(signum, remember)
     try:
         yield lambda: bool(received)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -10,9 +11,11 @@ import math
 import pickle
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 from sklearn.model_selection import train_test_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import train
@@ -29,6 +33,9 @@ from chitchat.architecture import build_model
 from chitchat.cli import configure_logging, run_cli
 from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
+from chitchat.training import reporting
+from chitchat.training.batching import LengthBucketSampler
+from chitchat.training.processes import Processes
 from chitchat.training.state import STATE_NAME
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
@@ -193,6 +200,37 @@ def test_resumed_run_keeps_the_points_of_the_last_epoch(run):
         assert [event.step for event in events.Scalars(tag)] == [5, 10], tag
 
 
+PROGRESS_LINE = re.compile(
+    r"INFO epoch=(\d+) step=(\d+) loss=(\d\.\d{4}) lr=\d\.\de[+-]\d\d "
+    r"tokens_per_second=(\d+) minutes_left=(\d+)$",
+    re.MULTILINE,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_logged_and_shown_where_no_bar_is(is_terminal, run, monkeypatch):
+    stderr = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(reporting, "PROGRESS_SECONDS", 0)
+    folder = run(log_step=2)
+    steps = [("1", "2"), ("1", "4"), ("2", "6"), ("2", "8"), ("2", "10")]
+    assert [match.groups()[:2] for match in PROGRESS_LINE.finditer(read_log(folder))] == steps
+    shown = [match.groups()[:2] for match in PROGRESS_LINE.finditer(stderr.getvalue())]
+    assert shown == ([] if is_terminal else steps)
+    assert len(EPOCH_LINE.findall(stderr.getvalue())) == 2
+    assert "estimated" not in read_log(folder)
+
+
+def test_progress_comes_at_most_every_ten_seconds(run):
+    """两轮不到一秒。"""
+    assert PROGRESS_LINE.findall(read_log(run(log_step=1))) == []
+
+
 def test_curve_is_drawn_next_to_the_checkpoints(run, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(train, "save_loss_curve", DRAW_CURVE)
@@ -342,20 +380,95 @@ def test_killed_run_resumes_from_the_last_saved_step(
     assert_same_outcome(resumed, whole)
 
 
-def test_ctrl_c_during_validation_stops_at_the_end_of_the_epoch(run, with_dropout, monkeypatch):
+class GoneTerminal(io.StringIO):
+    """Ssh 断开之后的标准错误。"""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.fixture
+def hang_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """调用它就像 ssh 断开：终端没了，再来一个 SIGHUP；没有人管它时抛出 Killed。"""
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("no SIGHUP here")
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    def hang_up() -> None:
+        monkeypatch.setattr(sys, "stderr", GoneTerminal())
+        signal.raise_signal(signal.SIGHUP)
+
+    previous = signal.signal(signal.SIGHUP, die)
+    yield hang_up
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_dropped_connection_saves_the_state(run, with_dropout, hang_up, monkeypatch):
     whole = run("whole", **with_dropout)
-    evaluate = train.evaluate
-
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGINT)
-        return evaluate(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", interrupted)
+        happen_after(patch, 3, hang_up)
         resumed = run("resumed", code=130, **with_dropout)
-    assert "interrupted: step=5" in read_log(resumed)
-    assert epochs_logged(resumed) == [1]
+    assert "interrupted: step=3" in read_log(resumed)
     run("resumed", resume=True, **with_dropout)
+    assert_same_outcome(resumed, whole)
+
+
+def test_dropped_connection_is_ignored_under_nohup(run, hang_up, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    happen_after(monkeypatch, 3, hang_up)
+    assert epochs_logged(run()) == [1, 2]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def happen_in_validation(
+    patch: pytest.MonkeyPatch, epoch: int, happen: Callable[[], None]
+) -> list[int]:
+    """让第 epoch 轮验证的第一次前向之后发生一件事；返回的列表里，每次验证用的前向各记一个。"""
+    forward, calls = train.Updater.forward, []
+    num_batches = 2  # 验证集两段，batch_size 1
+
+    def forward_and_happen(self, batch):
+        calls.append(1)
+        sums = forward(self, batch)
+        if len(calls) == num_batches * (epoch - 1) + 1:
+            happen()
+        return sums
+
+    patch.setattr(train.Updater, "forward", forward_and_happen)
+    return calls
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_during_validation_stops_at_once_and_resumes_bit_for_bit(
+    epoch, signum, run, with_dropout, monkeypatch
+):
+    options = {**with_dropout, "batch_size": 1, "gradient_accumulation_steps": 4}
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch:
+        calls = happen_in_validation(patch, epoch, lambda: signal.raise_signal(signum))
+        resumed = run("resumed", code=130, **options)
+    assert len(calls) == 2 * (epoch - 1) + 1  # 验证没有做完
+    assert f"interrupted: step={5 * epoch}" in read_log(resumed)
+    assert epochs_logged(resumed) == list(range(1, epoch))
+    run("resumed", resume=True, **options)
+    assert_same_outcome(resumed, whole)
+
+
+def test_run_killed_during_validation_resumes_at_the_validation(run, with_dropout, monkeypatch):
+    def die() -> None:
+        raise Killed
+
+    options = {**with_dropout, "batch_size": 1, "gradient_accumulation_steps": 4}
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch:
+        happen_in_validation(patch, 1, die)
+        with pytest.raises(Killed):
+            run("resumed", **options)
+    resumed = run("resumed", resume=True, **options)
+    assert "resume: epoch=1 step=5\n" in read_log(resumed)
     assert_same_outcome(resumed, whole)
 
 
@@ -399,7 +512,7 @@ def full_disk_of_safetensors(*_: object, **__: object) -> None:
         (GPT2LMHeadModel, "save_pretrained", full_disk_of_safetensors, "epoch2"),
     ],
 )
-def test_full_disk_leaves_the_last_state_and_gets_one_sentence(
+def test_full_disk_leaves_a_whole_state_and_gets_one_sentence(
     owner, name, full_disk, named, run, capsys, monkeypatch
 ):
     folder = run(epochs=1)
@@ -412,7 +525,8 @@ def test_full_disk_leaves_the_last_state_and_gets_one_sentence(
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "错误：" in line]
     assert "磁盘" in sentence
     assert named in sentence
-    assert (folder / STATE_NAME).read_bytes() == before
+    if named == STATE_NAME:  # 权重写不下时，验证之前的状态已经存好
+        assert (folder / STATE_NAME).read_bytes() == before
     run(epochs=2, resume=True)
     assert epochs_logged(folder)[-1] == 2
 
@@ -449,7 +563,17 @@ def test_resume_without_state_starts_afresh(run):
     assert_same_outcome(folder, run("a"))
 
 
+def test_resume_with_auto_precision_takes_the_saved_one(run, monkeypatch):
+    folder = run(epochs=1, precision="bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # 自己选会选 fp32
+    run(epochs=2, resume=True, precision="auto")
+    assert re.findall(r" precision=(\S+)", read_log(folder)) == ["bf16", "bf16"]
+    run(epochs=3, resume=True, precision="auto")  # 存下的仍是具体的精度
+    assert epochs_logged(folder) == [1, 2, 3]
+
+
 CHANGES = {
+    "precision": lambda path: "bf16",
     "seed": lambda path: 1,
     "batch_size": lambda path: 5,
     "gradient_accumulation_steps": lambda path: 2,
@@ -518,6 +642,42 @@ def test_options_without_effect_are_accepted(run):
     assert "--log has no effect" in read_log(folder)
     assert "--gpu0_bsz has no effect" in read_log(folder)
     assert_same(load_weights(folder), load_weights(run("b")))
+
+
+def test_ignore_index_has_no_effect_and_says_so(run):
+    folder = run("a", ignore_index=-7)
+    assert "--ignore_index has no effect" in read_log(folder)
+    plain = run("b")
+    assert "no effect" not in read_log(plain)
+    assert_same(load_weights(folder), load_weights(plain))
+
+
+def test_compile_without_a_compiler_is_one_sentence(run, monkeypatch, tmp_path, capsys):
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "none")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: run(compile=True))
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "错误：" in line]
+    assert "--compile" in sentence
+    assert "No working C++ compiler found" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [({}, "--epochs"), ({"patience": 1, "lr": 0.3, "epochs": 30}, "--patience")],
+)
+def test_resuming_a_finished_run_says_that_nothing_is_left(run, options, advice):
+    options = {"lr_schedule": "constant", **options}
+    folder = run(**options)
+    assert "nothing left to do" not in read_log(folder)
+    epochs = epochs_logged(folder)
+    run(resume=True, **options)
+    assert re.search(f"nothing left to do: epoch={len(epochs)} .*{advice}", read_log(folder))
+    assert epochs_logged(folder) == epochs
 
 
 class Payload:
@@ -632,6 +792,25 @@ def test_optimizer_and_lr_are_chosen_and_logged(run, options, optimizer, lr):
     log = read_log(folder)
     assert f"optimizer={optimizer}\n" in log
     assert f"peak_learning_rate={lr}\n" in log
+
+
+@pytest.mark.parametrize(("world_size", "optimizer"), [(1, "muon"), (2, "adamw")])
+def test_optimizer_weighs_the_work_of_one_process(world_size, optimizer, monkeypatch):
+    """每个进程都做全部的正交化，却只有自己那份 token；两个进程就不划算了。"""
+    seen = []
+
+    def choose(name: str, model: object, tokens_per_update: float) -> str:
+        seen.append(tokens_per_update)
+        return "muon" if tokens_per_update > 100 else "adamw"
+
+    monkeypatch.setattr(train, "choose_optimizer", choose)
+    lengths = torch.tensor([30] * 20).numpy()
+    sampler = LengthBucketSampler(lengths, window_size=5, seed=0, world_size=world_size)
+    loader = DataLoader(SimpleNamespace(lengths=lengths), batch_size=None, sampler=sampler)
+    args = train.build_parser().parse_args([])
+    train.choose_optimization(args, None, loader, Processes(0, world_size, 0))
+    assert seen == [150 / world_size]
+    assert args.optimizer == optimizer
 
 
 def test_training_from_weights_takes_adamw_with_a_small_lr(run):

@@ -24,10 +24,20 @@ class TokenTable:
     Attributes:
         tokens: 形状 (N,)，无符号整数。
         offsets: 形状 (D+1,)，int64；第 i 段对话是 ``tokens[offsets[i]:offsets[i+1]]``。
+        folder: 由这个文件夹映射来；None 表示在内存里。
+        stamp: 映射时各文件的大小和修改时间；文件夹后来换了内容就对不上。
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    folder: Path | None = None
+    stamp: tuple[tuple[int, int], ...] = ()
+
+    def __reduce__(self) -> tuple:
+        """映射来的只写下路径：spawn 之下，读数据的子进程自己映射，不必收下整个语料。"""
+        if self.folder is None:
+            return TokenTable, (self.tokens, self.offsets)
+        return _map_again, (self.folder, self.stamp)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -125,11 +135,10 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
     _check_vocab(path, meta, vocab_fingerprint)
     advice = "请重新运行 python preprocess.py"
     try:
-        tokens, offsets = (
-            np.load(path / name, mmap_mode="r") for name in (TOKENS_NAME, OFFSETS_NAME)
-        )
+        table = _map_arrays(path)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"训练数据 {path} 已损坏（{error}）；{advice}") from error
+    tokens, offsets = table.tokens, table.offsets
     is_whole = (
         tokens.ndim == offsets.ndim == 1
         and tokens.dtype.kind == "u"
@@ -146,7 +155,25 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
             f"{path} 是用 {meta['vocab_size']} 项的词表编码的，超出模型的词表大小 {vocab_size}："
             "请用同一个 --vocab_path 重新运行 python preprocess.py"
         )
-    return TokenTable(tokens, offsets)
+    return table
+
+
+def _map_arrays(folder: Path) -> TokenTable:
+    paths = [folder.absolute() / name for name in (TOKENS_NAME, OFFSETS_NAME)]
+    tokens, offsets = (np.load(path, mmap_mode="r") for path in paths)
+    stats = [path.stat() for path in paths]
+    stamp = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return TokenTable(tokens, offsets, folder.absolute(), stamp)
+
+
+def _map_again(folder: Path, stamp: tuple[tuple[int, int], ...]) -> TokenTable:
+    """在另一个进程里映射同一个文件夹。"""
+    table = _map_arrays(folder)
+    if table.stamp != stamp:
+        raise UserError(
+            f"训练数据 {folder} 在训练途中被改写了：请放回原来的再用 --resume，或重新训练"
+        )
+    return table
 
 
 def _read_meta(path: Path) -> dict:

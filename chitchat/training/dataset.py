@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from chitchat.cli import stop_signal_numbers
 from chitchat.tokens.token_table import TokenTable
 from chitchat.training.batching import LengthBucketSampler, Window
 from chitchat.training.processes import Processes
@@ -147,8 +148,8 @@ def collate(
 
 
 def _ignore_stop_signals(worker_id: int) -> None:
-    """Ctrl+C 和 SIGTERM 由主进程处理：它先存好状态，再让读数据的子进程结束。"""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    """停下的信号由主进程处理：它先存好状态，再让读数据的子进程结束。"""
+    for signum in stop_signal_numbers():
         signal.signal(signum, signal.SIG_IGN)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -113,15 +113,32 @@ class Meter:
         return self.epoch, (self.epoch.num_tokens - self._num_resumed) / seconds
 
 
-def evaluate(updater: Updater, batches: Iterable[Batch]) -> TokenAverage:
-    """在全部验证对话上各算一次，不更新；多进程时每个进程算自己的一份再相加。"""
-    loss_module = updater.loss_module
+def evaluate(
+    updater: Updater, batches: Iterable[Batch], should_stop: Callable[[], bool] = lambda: False
+) -> TokenAverage | None:
+    """在全部验证对话上各算一次，不更新；多进程时每个进程算自己的一份再相加。
+
+    Args:
+        updater: 只用它的前向。
+        batches: 验证集的各批，每个进程的批数相同。
+        should_stop: 每批之前问一次；任何一个进程说是，所有进程都停下。
+
+    Returns:
+        全部验证对话的平均；中途停下时是 None。
+    """
+    processes, loss_module = updater.processes, updater.loss_module
     was_training = loss_module.training
     loss_module.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=updater.device)
+    is_stopped = False
     for batch in batches:
+        is_stopped = processes.any(should_stop())
+        if is_stopped:
+            break
         sums += updater.forward(batch)
     loss_module.train(was_training)
+    if is_stopped:
+        return None
     average = TokenAverage()
-    average.add(updater.processes.sum(sums))
+    average.add(processes.sum(sums))
     return average

@@ -102,7 +102,7 @@ def choose_optimizer(name: str, model: nn.Module, tokens_per_update: float) -> s
     Args:
         name: ``auto``、``adamw`` 或 ``muon``；后两个原样返回。
         model: GPT2LMHeadModel。
-        tokens_per_update: 一次更新平均的 token 数。
+        tokens_per_update: 一次更新里一个进程平均的 token 数。
     """
     if name != "auto":
         return name

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import logging
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +18,34 @@ from torch import Tensor, nn
 from chitchat.devices import select_devices
 from chitchat.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_DEVICE = "0"
+JOIN_SECONDS = 300  # 等别的进程最多多久
+ADVICE = "多个进程请用 torchrun 启动；只用一个进程请先 unset RANK WORLD_SIZE LOCAL_RANK"
+
+
+def _read_number(name: str) -> int | None:
+    """环境变量里的非负整数；没有设时是 None。"""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"环境变量 {name} 应为非负整数，得到 {text!r}：{ADVICE}")
+    return int(text)
+
+
+def _wait_for_port(host: str, port: int, seconds: float) -> None:
+    """等到能连上；主进程可能晚些才启动。到时候还连不上就抛出 OSError。"""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 @dataclass(frozen=True)
@@ -27,9 +58,25 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """读 torchrun 设置的环境变量。"""
-        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        return cls(*(int(os.environ.get(name, value)) for name, value in defaults.items()))
+        """读 torchrun 设置的环境变量；RANK 和 WORLD_SIZE 都没有时是唯一的一个。
+
+        Raises:
+            UserError: 只有其中几个，或不是合适的数；多半是以前留下的。
+        """
+        rank, world_size, local_rank, _ = map(
+            _read_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        )
+        if rank is None and world_size in (None, 1):
+            return cls()
+        needed = ["RANK", "WORLD_SIZE"]
+        if (world_size or 0) > 1:
+            needed += ["MASTER_ADDR", "MASTER_PORT"]
+        missing = [name for name in needed if not os.environ.get(name)]
+        if missing:
+            raise UserError(f"像是多进程训练，却没有环境变量 {'、'.join(missing)}：{ADVICE}")
+        if world_size < 1 or rank >= world_size:
+            raise UserError(f"环境变量 RANK={rank} 应小于 WORLD_SIZE={world_size}：{ADVICE}")
+        return cls(rank, world_size, local_rank or 0)
 
     @property
     def is_main(self) -> bool:
@@ -38,15 +85,41 @@ class Processes:
 
     @contextlib.contextmanager
     def join(self, device: torch.device) -> Iterator[None]:
-        """加入进程组，结束时离开：GPU 上的张量走 NCCL，CPU 上的走 Gloo。"""
+        """加入进程组，结束时离开：GPU 上的张量走 NCCL，CPU 上的走 Gloo。
+
+        Raises:
+            UserError: 等了 JOIN_SECONDS 秒，别的进程还没有来。
+        """
         if self.world_size == 1:
             yield
             return
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = self._meet()
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
         try:
             yield
         finally:
             dist.destroy_process_group()
+
+    def _meet(self) -> dist.Store:
+        """等所有进程都到主进程那里报到。"""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        logger.info(
+            "waiting for %d other processes at %s:%d, at most %d seconds",
+            *(self.world_size - 1, host, port, JOIN_SECONDS),
+        )
+        try:
+            if not self.is_main:
+                _wait_for_port(host, port, JOIN_SECONDS)
+            timeout = datetime.timedelta(seconds=JOIN_SECONDS)
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        except (OSError, dist.DistError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"等了 {JOIN_SECONDS} 秒，{self.world_size} 个进程没有在 {host}:{port} 到齐"
+                f"（{reason}）：{ADVICE}"
+            ) from error
+        return store
 
     def sum(self, values: Tensor) -> Tensor:
         """各进程的同名张量相加；原地修改并返回 values。"""

@@ -14,7 +14,7 @@ from chitchat.training.meters import TokenAverage
 
 logger = logging.getLogger(__name__)
 
-ESTIMATE_AFTER_SECONDS = 10
+PROGRESS_SECONDS = 10  # 两行进度至少隔这么久
 
 
 class TrainingLog:
@@ -29,19 +29,26 @@ class TrainingLog:
             first_step: 断点续训的起点，从头开始是 0。
         """
         self._writer = MetricWriter(log_dir, first_step)
-        self._clock = Estimate(total_steps, first_step)
+        self._lines = ProgressLines(total_steps, first_step)
         is_hidden = True if log_dir is None else None  # None：不是终端就不显示
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=is_hidden)
 
-    def advance(self, step: int) -> None:
-        """做完了第 step 次更新。"""
+    def advance(self) -> None:
+        """又做完了一次更新。"""
         self._bar.update()
-        self._clock.report(step)
 
     def write_step(
-        self, step: int, recent: TokenAverage, speed: float, *, lr: float, grad_norm: float
+        self,
+        step: int,
+        epoch: int,
+        recent: TokenAverage,
+        *,
+        lr: float,
+        speed: float,
+        grad_norm: float,
     ) -> None:
-        """最近几步的平均，speed 的单位是 token 每秒。"""
+        """最近几步的平均，speed 的单位是 token 每秒；epoch 从 1 数。"""
+        self._lines.report(step, epoch, recent, lr=lr)
         self._bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
         self._writer.write(
             step,
@@ -63,6 +70,7 @@ class TrainingLog:
         speed: float,
     ) -> None:
         """一轮的结果：一行日志和 TensorBoard 的验证指标；epoch 从 1 数。"""
+        self._lines.restart()
         self._writer.write(
             step,
             val_loss=validation.loss,
@@ -126,23 +134,37 @@ class MetricWriter:
             self._writer.close()
 
 
-class Estimate:
-    """训练开始十秒后，估计整个训练还要多久，写一行日志。"""
+class ProgressLines:
+    """进度写成一行日志，最多每 PROGRESS_SECONDS 秒一行；终端上有进度条，就不显示。"""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
+        """开始计时；参数同 TrainingLog。"""
         self._total_steps = total_steps
         self._first_step = first_step
         self._started = time.perf_counter()
-        self._is_done = False
+        self.restart()
 
-    def report(self, step: int) -> None:
-        """到时候就写，只写一次。"""
-        elapsed = time.perf_counter() - self._started
-        if not self._is_done and elapsed > ESTIMATE_AFTER_SECONDS:
-            self._is_done = True
-            rate = elapsed / (step - self._first_step)
-            minutes = rate * (self._total_steps - step) / 60
-            logger.info("estimated_minutes_left=%.1f seconds_per_step=%.3f", minutes, rate)
+    def restart(self) -> None:
+        """重新平均、重新计速：刚才的时间用在了验证和存盘上。"""
+        self._recent = TokenAverage()
+        self._last = time.perf_counter()
+
+    def report(self, step: int, epoch: int, recent: TokenAverage, *, lr: float) -> None:
+        """做完了第 step 次更新，recent 是上次 report 以来的平均；到时候就写一行。"""
+        self._recent.loss_sum += recent.loss_sum
+        self._recent.num_tokens += recent.num_tokens
+        now = time.perf_counter()
+        if now - self._last < PROGRESS_SECONDS:
+            return
+        rate = (now - self._started) / (step - self._first_step)
+        logger.info(
+            "epoch=%d step=%d loss=%.4f lr=%.1e tokens_per_second=%.0f minutes_left=%.0f",
+            *(epoch, step, self._recent.loss, lr),
+            self._recent.num_tokens / max(now - self._last, 1e-9),
+            rate * (self._total_steps - step) / 60,
+            extra={"is_progress": True},
+        )
+        self.restart()
 
 
 def save_loss_curve(path: Path, train_losses: Sequence[float], val_losses: Sequence[float]) -> bool:

@@ -121,18 +121,12 @@ def save_state(
         torch.save(state, partial)
 
 
-def resume(path: Path, identity: dict, *, processes: Processes, **parts: object) -> Progress:
-    """从训练状态接着训练，没有就从头开始；返回走到了哪里。
-
-    只有主进程读文件，别的机器上不必有它。parts 是 restore_state 的其余参数。
-    """
+def find_state(path: Path, identity: dict, processes: Processes) -> dict | None:
+    """读训练状态，没有时是 None；只有主进程读文件，别的机器上不必有它。参数同 load_state。"""
     state = processes.share(lambda: load_state(path, identity) if path.is_file() else None)
     if state is None:
         logger.info("resume: no %s, starting afresh", path)
-        return Progress()
-    progress = restore_state(state, processes=processes, **parts)
-    logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
-    return progress
+    return state
 
 
 def set_aside(path: Path) -> None:
@@ -146,6 +140,10 @@ def set_aside(path: Path) -> None:
 
 def load_state(path: Path, identity: dict) -> dict:
     """读训练状态，并确认这次的选项与上次相同。
+
+    Args:
+        path: save_state 写的文件。
+        identity: 同 save_state；precision 是 ``auto`` 时存下的是什么都行。
 
     Raises:
         UserError: 文件损坏，或不能变的选项变了（指出是哪一个）。
@@ -161,7 +159,8 @@ def load_state(path: Path, identity: dict) -> dict:
     if not is_whole:
         raise UserError(f"{path} 不是这个版本的训练状态：请删去它，去掉 --resume 重新训练")
     for name, value in identity.items():
-        if saved.get(name) != value:
+        is_free = (name, value) == ("precision", "auto")
+        if saved.get(name) != value and not is_free:
             was = f"上次是 {saved.get(name)}，这次是 {value}"
             if name in ("train_path", "vocab_path", "model_config"):
                 was = "内容与上次不同"
@@ -193,7 +192,9 @@ def restore_state(
         if device.type == "cuda" and own["cuda"] is not None:
             torch.cuda.set_rng_state(own["cuda"], device)
     saved = dict(state["progress"])
-    return Progress(**{**saved, "average": TokenAverage(**saved["average"])})
+    progress = Progress(**{**saved, "average": TokenAverage(**saved["average"])})
+    logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
+    return progress
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import timeit
 from collections.abc import Callable
 
 import torch
@@ -22,6 +21,8 @@ from chitchat.training.dataset import Batch
 from chitchat.training.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM 的
 
 
 class Updater:
@@ -90,19 +91,28 @@ class Updater:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self._params, self.max_grad_norm, foreach=True)
+        is_bad = (~torch.isfinite(grad_norm)).float()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = is_bad  # 不为零时优化器在设备上跳过这一步，不必等待 GPU
+            optimizer.step()
         if self.scaler.is_enabled():
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
+            self._update_scale(is_bad)
         else:
-            is_bad = (~torch.isfinite(grad_norm)).float()
             self._num_bad_steps += is_bad
-            for optimizer in self.optimizers:
-                optimizer.found_inf = is_bad  # 不为零时优化器在设备上跳过这一步，不必等待 GPU
-                optimizer.step()
         for scheduler in self.schedulers:
             scheduler.step()
         return sums, grad_norm
+
+    def _update_scale(self, is_bad: Tensor) -> None:
+        """按整个窗口的梯度调整 loss 的倍数；is_bad 是标量，不为零时减半。
+
+        GradScaler 分别判断各优化器，一个里的 Inf 却会经过裁剪带坏另一个的梯度，范数也可能自己
+        溢出：所以更新与否都由 is_bad 决定，它各自的判断改成同一个，也不用它的 step。
+        """
+        for optimizer in self.optimizers:
+            for found_inf in self.scaler._found_inf_per_device(optimizer).values():
+                found_inf.copy_(is_bad)
+        self.scaler.update()
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
@@ -234,24 +244,17 @@ class Updater:
 def choose_precision(name: str, device: torch.device) -> str:
     """把 ``auto`` 变成具体的精度。
 
-    有 bf16 硬件用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32。CPU 是否有 bf16 指令靠实测：
-    没有时 bf16 矩阵乘法比 fp32 慢几十倍，有时快几倍，不会认错。
+    有 bf16 硬件用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32，在那里 bf16 要慢几十倍。
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp16"
-    return "bf16" if _is_cpu_faster_in_bf16() else "fp32"
-
-
-def _is_cpu_faster_in_bf16(size: int = 256, repeats: int = 5) -> bool:
-    """各取最快的一次：别的程序偶尔占去 CPU 也不会认错。"""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda m=matrix: m @ m, number=1, repeat=repeats))
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+    # 有指令还不够：只有 oneDNN（mkldnn）的矩阵乘法会用它们。
+    instructions = torch.cpu.get_capabilities()
+    has_bf16 = any(instructions.get(name) for name in BF16_INSTRUCTIONS)
+    return "bf16" if has_bf16 and torch.backends.mkldnn.is_available() else "fp32"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -72,6 +72,30 @@ def test_table_without_dialogues_has_no_rows():
     assert table.lengths.tolist() == []
 
 
+def test_pickled_mapped_table_is_only_its_path(tmp_path):
+    save_token_lists(tmp_path / "corpus", DIALOGUES * 10_000)
+    content = pickle.dumps(load_token_table(tmp_path / "corpus", VOCAB_SIZE))
+    assert len(content) < 1000
+    again = pickle.loads(content)
+    assert isinstance(again.tokens, np.memmap)
+    assert rows_of(again) == DIALOGUES * 10_000
+    assert pickle.dumps(again) == content
+
+
+def test_pickled_mapped_table_is_refused_once_the_folder_is_another(tmp_path):
+    """训练到一半又运行了 preprocess.py，下一轮的子进程不能悄悄读到别的对话。"""
+    save_token_lists(tmp_path / "corpus", DIALOGUES)
+    content = pickle.dumps(load_token_table(tmp_path / "corpus", VOCAB_SIZE))
+    save_token_lists(tmp_path / "corpus", DIALOGUES[::-1])
+    with pytest.raises(UserError, match="corpus"):
+        pickle.loads(content)
+
+
+def test_pickled_table_in_memory_keeps_its_content():
+    table = TokenTable.from_dialogues(DIALOGUES)
+    assert rows_of(pickle.loads(pickle.dumps(table))) == DIALOGUES
+
+
 class OpensFile:
     """反序列化时会创建一个文件。"""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 
-from chitchat.tokens.token_table import TokenTable
+from chitchat.tokens.batch_encoder import EncodedBatch
+from chitchat.tokens.token_table import TokenTable, load_token_table
+from chitchat.tokens.token_writer import open_writer
 from chitchat.training.batching import LengthBucketSampler, Window, split_rows
 from chitchat.training.dataset import DialogueDataset, collate, split_indices
 
@@ -161,6 +165,22 @@ def test_loader_gives_one_batch_per_window_with_its_number_of_targets(num_worker
     assert sorted(rows) == [(11, 12), (21, 22, 23, 24), (41, 42, 43)]
     for batch in batches:
         assert batch.num_targets == int((batch.labels[:, 1:] != -7).sum())
+
+
+def test_spawned_workers_map_the_corpus_themselves(tmp_path):
+    """Spawn 之下子进程收到的是 pickle：语料有好几 GB 时不能整个装进去。"""
+    with open_writer(tmp_path / "corpus", 300, {}) as writer:
+        writer.write(EncodedBatch.from_rows([[11, 12, 13], [21, 22], [31, 32]] * 10_000))
+    table = load_token_table(tmp_path / "corpus", 300)
+    dataset = DialogueDataset(table, np.arange(3), max_len=4, pad_id=0)
+    assert len(pickle.dumps(dataset)) < 2000
+    sampler = LengthBucketSampler(dataset.lengths, window_size=2, seed=0)
+    spawned = DataLoader(
+        dataset, batch_size=None, sampler=sampler, num_workers=1, multiprocessing_context="spawn"
+    )
+    plain = DataLoader(dataset, batch_size=None, sampler=sampler)
+    rows = [[batch.input_ids.tolist() for batch in loader] for loader in (spawned, plain)]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize(

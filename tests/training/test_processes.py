@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from chitchat.errors import UserError
+from chitchat.training import processes as processes_module
 from chitchat.training.dataset import IGNORE_INDEX, collate
 from chitchat.training.loss import LossModule
 from chitchat.training.processes import Processes, choose_devices, parallelize
@@ -51,6 +54,7 @@ def train_options(folder: Path, name: str, **options: object) -> list[str]:
         "lr": 0.01,
         "eps": 1e-3,
         "warmup_steps": 0,
+        "optimizer": "muon",  # auto 会随进程数而变
         "lr_schedule": "constant",
         "precision": "fp32",
         **options,
@@ -228,6 +232,83 @@ def test_one_process_may_run_out_of_memory_while_the_other_does_not(results):
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
         assert sums[:2] == pytest.approx([loss_sum, num_tokens])
     assert [result["updates"][2] for result in results] == [None, 1]
+
+
+LAUNCHED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def set_launch(monkeypatch):
+    """把启动多进程的环境变量换成这些，别的都没有。"""
+
+    def set_launch(**values: str) -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *LAUNCHED):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_launch
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"LOCAL_RANK": "3"}, (0, 1, 0)),  # 以前的残留，一个进程用不着
+        ({"WORLD_SIZE": "1"}, (0, 1, 0)),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, (0, 1, 0)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", **LAUNCHED}, (3, 4, 1)),
+        ({"WORLD_SIZE": "4", "RANK": "3", **LAUNCHED}, (3, 4, 0)),
+    ],
+)
+def test_place_is_read_from_the_environment(values, expected, set_launch):
+    set_launch(**values)
+    processes = Processes.from_environment()
+    assert processes == Processes(*expected)
+    assert processes.is_main == (expected[0] == 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"RANK": "1"}, "WORLD_SIZE"),
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **LAUNCHED}, "RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "", **LAUNCHED}, "LOCAL_RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "0", **LAUNCHED, "MASTER_PORT": "http"}, "MASTER_PORT"),
+    ],
+)
+def test_half_set_environment_is_refused_in_one_sentence(values, named, set_launch):
+    set_launch(**values)
+    with pytest.raises(UserError, match=rf"{named}.*torchrun.*unset RANK WORLD_SIZE") as refused:
+        Processes.from_environment()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_waiting_for_the_others_says_so_and_gives_up(rank, set_launch, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as opened:
+        port = opened.getsockname()[1]
+    set_launch(WORLD_SIZE="2", RANK=f"{rank}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    monkeypatch.setattr(processes_module, "JOIN_SECONDS", 1)
+    logger = logging.getLogger("chitchat.training.processes")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    started = time.perf_counter()
+    with (
+        pytest.raises(UserError, match=rf"1 秒.*127\.0\.0\.1:{port}.*unset RANK") as refused,
+        Processes.from_environment().join(torch.device("cpu")),
+    ):
+        pass
+    assert time.perf_counter() - started < 20
+    assert "\n" not in str(refused.value)
+    assert f"waiting for 1 other processes at 127.0.0.1:{port}" in caplog.text
 
 
 def test_alone_nothing_is_exchanged():

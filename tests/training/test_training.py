@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from transformers import GPT2LMHeadModel
 from chitchat.errors import UserError
 from chitchat.tokens.token_table import TokenTable
 from chitchat.training import meters as training
+from chitchat.training import reporting
 from chitchat.training.batching import LengthBucketSampler
 from chitchat.training.dataset import IGNORE_INDEX, Batch, DialogueDataset, collate
 from chitchat.training.loss import LossModule
@@ -247,24 +249,6 @@ def test_metrics_without_a_folder_write_nothing():
     assert list(Path.cwd().iterdir()) == []  # conftest 让当前目录是空的 tmp_path
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected", "is_main"),
-    [
-        ({}, (0, 1, 0), True),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1), False),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (0, 2, 0), True),
-    ],
-)
-def test_place_among_the_processes_comes_from_torchrun(environment, expected, is_main, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    processes = Processes.from_environment()
-    assert (processes.rank, processes.world_size, processes.local_rank) == expected
-    assert processes.is_main is is_main
-
-
 def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
     clock = iter([100.0, 102.0, 107.0, 110.0])
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -279,3 +263,29 @@ def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
     meter.add(torch.tensor([7.0, 4, 0]))
     epoch, speed = meter.read_epoch()
     assert (epoch.loss, epoch.accuracy, speed) == (20.0 / 20, 7 / 20, 20 / 10)
+
+
+def test_progress_lines_average_over_ten_seconds_and_estimate_the_rest(monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
+    logger = logging.getLogger("chitchat.training.reporting")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr(logger, "propagate", False)
+    lines = reporting.ProgressLines(total_steps=700, first_step=100)
+    for step in range(101, 131):  # 每步 4 秒，100 个 token
+        now[0] += 4
+        recent = TokenAverage(loss_sum=100.0 * step, num_tokens=100)
+        lines.report(step, 1, recent, lr=1e-3)
+        if step == 104:
+            now[0] += 1000  # 验证占去的时间不算进速度
+            lines.restart()
+    texts = [record.getMessage() for record in caplog.records]
+    # 第 3、7、10、… 步满十秒；还剩的分钟数里算进了验证
+    minutes = [round((4 * n + 1000 * (n > 4)) / n * (600 - n) / 60) for n in (3, 7, 10)]
+    assert texts[:3] == [
+        f"epoch=1 step=103 loss=102.0000 lr=1.0e-03 tokens_per_second=25 minutes_left={minutes[0]}",
+        f"epoch=1 step=107 loss=106.0000 lr=1.0e-03 tokens_per_second=25 minutes_left={minutes[1]}",
+        f"epoch=1 step=110 loss=109.0000 lr=1.0e-03 tokens_per_second=25 minutes_left={minutes[2]}",
+    ]
+    assert len(texts) == 1 + 8

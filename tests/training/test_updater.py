@@ -15,7 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
 from chitchat.errors import UserError
-from chitchat.training import updater as updater_module
 from chitchat.training.dataset import IGNORE_INDEX, Batch, collate
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers, build_schedulers
@@ -239,22 +238,60 @@ def test_fp16_overflow_lowers_the_scale_and_skips_the_step(make_model, name):
         updater.check_finite()
 
 
+@pytest.mark.parametrize("value", [float("inf"), 1e25])  # 后者自己有限，范数却溢出
 @pytest.mark.parametrize(
-    ("name", "device", "has_bf16", "expected"),
+    "param_name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"]
+)
+def test_one_bad_fp16_gradient_skips_every_optimizer(make_model, param_name, value):
+    model = make_model()
+    updater = make_updater(LossModule(model, precision="fp16"), "muon", max_grad_norm=2.0)
+    updater.step(make_batch())
+    params, state = copy_params(model), plain_state(updater)
+    scale = updater.scaler.get_scale()
+
+    def spoil(param: nn.Parameter) -> None:
+        param.grad.fill_(value * scale)
+
+    hook = model.get_parameter(param_name).register_post_accumulate_grad_hook(spoil)
+    _, grad_norm = updater.step(make_batch())
+    hook.remove()
+    assert not grad_norm.isfinite()
+    torch.testing.assert_close(copy_params(model), params, rtol=0, atol=0)
+    torch.testing.assert_close(plain_state(updater), state, rtol=0, atol=0)
+    assert updater.scaler.get_scale() == scale / 2
+    updater.step(make_batch())
+    updater.check_finite()
+    assert all(not param.equal(params[name]) for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "capabilities", "expected"),
     [
-        ("auto", "cuda", True, "bf16"),
-        ("auto", "cuda", False, "fp16"),
-        ("auto", "cpu", True, "bf16"),
-        ("auto", "cpu", False, "fp32"),
-        ("fp32", "cuda", True, "fp32"),
-        ("fp16", "cpu", False, "fp16"),
-        ("bf16", "cpu", False, "bf16"),
+        ("auto", "cuda", {"bf16": True}, "bf16"),
+        ("auto", "cuda", {"bf16": False}, "fp16"),
+        ("auto", "cpu", {"avx512_f": True, "avx512_bf16": True}, "bf16"),
+        ("auto", "cpu", {"avx512_f": True, "amx_bf16": True}, "bf16"),
+        ("auto", "cpu", {"neon": True, "bf16": True}, "bf16"),  # arm
+        ("auto", "cpu", {"neon": True, "bf16": False}, "fp32"),
+        ("auto", "cpu", {"avx512_f": True, "avx512_bf16": False}, "fp32"),  # 只能模拟，慢
+        ("fp32", "cuda", {"bf16": True}, "fp32"),
+        ("fp16", "cpu", {}, "fp16"),
+        ("bf16", "cpu", {}, "bf16"),
     ],
 )
-def test_precision_by_table(name, device, has_bf16, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    monkeypatch.setattr(updater_module, "_is_cpu_faster_in_bf16", lambda: has_bf16)
+def test_precision_by_table(name, device, capabilities, expected, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: capabilities["bf16"]
+    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert choose_precision(name, SimpleNamespace(type=device)) == expected
+
+
+def test_cpu_without_fast_matrix_library_takes_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose_precision("auto", CPU) == "fp32"
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
