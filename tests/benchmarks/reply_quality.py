@@ -1,6 +1,7 @@
 """模型答得有多好：回复每个字要多少 nat（给出此前的各句），以及它对一组开场白的回答。
 
-用法: python -m tests.benchmarks.reply_quality --model_path model/base --corpus_path tests/data/everyday.txt
+用法: python -m tests.benchmarks.reply_quality --model_path model/base
+    --corpus_path tests/data/everyday.txt
 --model_path 可以给出多个，逐行成表；--openings_path 的每一行各答一句，供人来读。
 回复是每段对话的第 2、4、… 句，[SEP] 也计入，分母是回复的字数，与词表怎样切分无关。
 """
@@ -22,7 +23,9 @@ from chitchat.tokens.tokenizer import decode_response, encode_dialogues, encode_
 def cost_per_character(bot, dialogues):
     """每个字平均多少 nat；放不下的上文从最早的 token 略去。"""
     pairs, num_characters = [], 0
-    for history, dialogue in zip(encode_dialogues(bot.tokenizer, dialogues), dialogues, strict=True):
+    for history, dialogue in zip(
+        encode_dialogues(bot.tokenizer, dialogues), dialogues, strict=True
+    ):
         for i in range(1, len(history), 2):
             reply = [*history[i], bot.ids.sep]
             context = [token for utterance in history[:i] for token in (*utterance, bot.ids.sep)]
@@ -35,7 +38,9 @@ def cost_per_character(bot, dialogues):
 
 def answer_openings(bot, openings, options):
     """每句开场白各答一句。"""
-    for opening, token_ids in zip(openings, encode_utterances(bot.tokenizer, openings), strict=True):
+    for opening, token_ids in zip(
+        openings, encode_utterances(bot.tokenizer, openings), strict=True
+    ):
         reply, _ = bot.reply([token_ids], options)
         print(f"{opening} → {decode_response(bot.tokenizer, reply)}")
 
