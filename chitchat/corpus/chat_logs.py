@@ -222,10 +222,11 @@ class _Order:
         )
 
     def is_day_first(self) -> bool:
-        """不可能的日期少的那种对；一样多时，看哪种更像一路向前或一路向后；还一样就算日在前。"""
+        """不可能的日期少的那种对；一样多时，看哪种更像一路向前或一路向后；再看哪种前后相隔更短。"""
         month_first, day_first = self.readings.values()
 
-        def badness(reading: _Reading) -> tuple[int, int]:
-            return reading.num_impossible, min(reading.num_back, reading.num_forward)
+        def badness(reading: _Reading) -> tuple[int, int, float]:
+            turns = min(reading.num_back, reading.num_forward)
+            return reading.num_impossible, turns, (reading.last or 0) - (reading.first or 0)
 
         return badness(day_first) <= badness(month_first)

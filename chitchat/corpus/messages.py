@@ -70,7 +70,7 @@ _CARDS = "|".join(
 _CARD = re.compile(rf"\[(?P<word>{_CARDS})\](?:\s.*)?", re.IGNORECASE | re.DOTALL)
 _WORDS = "|".join(sorted(map(re.escape, KIND_OF), key=len, reverse=True))
 _PLACEHOLDER = re.compile(
-    rf"\[(?P<word>{_WORDS}|表情(?=\d))(?:\d*|\s?(?:消息|讯息))(?:[:：][^\[\]\n]*)?\]"
+    rf"\[(?P<word>{_WORDS}|表情(?=\d))(?:\d*|\s?(?:消息|讯息|message))(?:[:：][^\[\]\n]*)?\]"
     r"|\[[^\[\]\n]{0,20}[^\[\]\n条]消息(?:[:：][^\[\]\n]*)?\]"
     r"|<(?P<tag>img|image|IMG)[^<>]*>",
     re.IGNORECASE,
@@ -89,7 +89,7 @@ _NOTICES = re.compile(
 )
 _NAME = r"[^，,。！？!?；;\n]{1,40}?"
 _GUESSED_NOTICES = re.compile(
-    rf"\[?(?:(?:{_NAME})?(?:已?[撤收]回了?|已?[撤收]回)(?:一[条則则])?(?:消息|訊息|讯息)(?:，.{{0,20}})?"
+    rf"\[?(?:(?:{_NAME})?(?:[撤收]回了|已[撤收]回了?)(?:一[条則则])?(?:成员)?的?(?:消息|訊息|讯息)"
     rf"|{_NAME} recalled a message|{_NAME} unsent a message\.?|Message unsent\."
     rf"|{_NAME}领取了{_NAME}的?红包(?:，.*)?"
     rf"|{_NAME}(?:已?加入了?|已?退出了?|已?离开了?)(?:本群|该群|群聊|群组)"

@@ -68,7 +68,8 @@ class Head:
     @cached_property
     def json(self) -> JsonShape | None:
         """像 JSON 时，它的大致结构；不像时是 None。"""
-        if not self.text.lstrip("\ufeff \t\r\n").startswith(("{", "[")):
+        first = next((line for line in self.lines if line[0] != "#"), "")  # JSONL 里可以有注释
+        if not first.lstrip("\ufeff").startswith(("{", "[")):
             return None
         with self.open_text() as file:
             shape = read_shape(file)

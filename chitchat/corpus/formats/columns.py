@@ -69,21 +69,32 @@ def known_names(cells: Iterable[str]) -> set[str]:
     return {name for name in lower if name in known or NUMBERED.fullmatch(name)}
 
 
-def find_header(rows: Iterator[list[str]], wanted: Sequence[str] = ()) -> list[str]:
-    """表头：前面几行里认得的列名最多的一行；读到表头之后为止，其余退不回去的不读。
+def skip_header(rows: Iterator[list[str]], head: Head, wanted: Sequence[str] = ()) -> list[str]:
+    """读到表头为止，返回表头；没有表头时什么也不读，返回空的。
 
     Args:
-        rows: 从头开始。
+        rows: open_rows 给出的，从头开始。
+        head: 同一个文件的开头。
         wanted: 另外算作认得的列名。
     """
-    extra = set(wanted)
-    for row in itertools.islice(rows, HEADER_ROWS):
-        header = [cell.strip().lstrip("\ufeff") for cell in row]
-        if len(known_names(header)) + len(extra & set(header)) >= 2 or extra & set(header):
-            return header
-        if len(known_names(header)) == 1 and len(header) == 1:
-            return header
-    return []
+    number, header = find_header(head, wanted)
+    for _ in range(number):
+        next(rows, None)
+    return header
+
+
+def find_header(head: Head, wanted: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """表头是前面几行里认得的列名最多的一行：它是第几行，各格；没有时是 0 和空的。"""
+    with head.open_text() as file:
+        rows = list(itertools.islice(open_rows(file, head), HEADER_ROWS))
+    found = [[cell.strip().lstrip("\ufeff") for cell in row] for row in rows]
+    scores = [len(known_names(row) | (set(wanted) & set(row))) for row in found]
+    best = max(scores, default=0)
+    number = scores.index(best) if best else 0
+    is_header = best >= 2 or (
+        best == 1 and (len(found[number]) == 1 or set(wanted) & set(found[number]))
+    )
+    return (number + 1, found[number]) if is_header else (0, [])
 
 
 def find_columns(header: Sequence[str], options: ReadOptions) -> dict[str, int]:

@@ -38,16 +38,18 @@ def _recognise(head: Head) -> str:
 
 def read_line(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Message]:
     """逐条给出消息。"""
-    date, row, number = "", "", 0
+    date, row, number, previous = "", "", 0, ""
     for line_number, line in enumerate(file, 1):
         line = line.rstrip("\r\n").lstrip("\ufeff")
-        is_date = bool(_DATE.fullmatch(line.strip())) and not _is_open(row)
-        if is_date or (_ROW.match(line) and not _is_open(row)):
+        # 真正的日期行之前有空行；开了引号的消息里，别的日期是话。
+        is_date = bool(_DATE.fullmatch(line.strip())) and not (_is_open(row) and previous)
+        if is_date or _ROW.match(line):
             if row:
                 yield _message(date, row, number)
             date, row, number = (line.strip(), "", 0) if is_date else (date, line, line_number)
         elif row:
             row += "\n" + line
+        previous = line
     if row:
         yield _message(date, row, number)
 
@@ -55,13 +57,13 @@ def read_line(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Messag
 def _is_open(row: str) -> bool:
     """正文是不是开了引号还没有合上。"""
     _, _, text = row.partition("\t")[2].partition("\t")
-    return text.startswith('"') and "\n" in row and not text.endswith('"')
+    return text.startswith('"') and not (len(text) > 1 and text.endswith('"'))
 
 
 def _message(date: str, row: str, line: int) -> Message:
     match = _ROW.fullmatch(row)
     clock = parse_clock_text(match["clock"])
-    times = parse_times(f"{date} {clock[0]}:{clock[1]:02}") if clock else ()
+    times = parse_times(f"{date} {clock[0]}:{clock[1]:02}")[:1] if clock else ()  # 月总在日前
     name, text = match["name"].strip(), match["text"]
     if not name or text is None:
         text = text or name

@@ -26,6 +26,19 @@ _MARKS = ("\t", "__eou__", " | ")
 _RECORD = "+++$+++"
 _SCRIPT = re.compile(r"(?P<speaker>[^\s:：][^:：\n]{0,11}?)\s?[:：]\s*(?P<text>.*)")
 _QUESTIONS = ("问", "q", "question", "提问", "user", "用户", "human", "ask")
+_ROLES = (
+    *_QUESTIONS,
+    "答",
+    "a",
+    "b",
+    "bot",
+    "assistant",
+    "system",
+    "gpt",
+    "机器人",
+    "系统",
+    "助手",
+)
 _NOT_SPEAKERS = ("http", "https", "ps", "p.s.", "re", "fw", "注")
 MAX_YAML_CHARS = 64 << 20
 
@@ -135,7 +148,8 @@ def _recognise_script(head: Head) -> str:
     num_lines = len(matches)
     if not 2 <= len(speakers) <= 12 or any(name.lower() in _NOT_SPEAKERS for name in speakers):
         return ""
-    if speakers.total() < 0.9 * num_lines or num_lines < 2 * len(speakers):
+    are_roles = all(name.lower() in _ROLES for name in speakers)
+    if speakers.total() < 0.9 * num_lines or (num_lines < 2 * len(speakers) and not are_roles):
         return ""
     if any(re.search(r"\d{1,2}$", name) and "：" not in head.text for name in speakers):
         return ""  # 冒号前是钟点

@@ -43,7 +43,8 @@ def _recognise(head: Head) -> str:
     if any(line.startswith("消息记录（") for line in head.lines[:1]):
         return "开头是“消息记录”"
     headers = [line for line in head.lines[:40] if HEADER.fullmatch(line)]
-    if (headers and HEADER.fullmatch(head.lines[0])) or len(headers) > 2:
+    has_bodies = 3 * len(headers) <= 2 * len(head.lines[:40])
+    if has_bodies and headers and (HEADER.fullmatch(head.lines[0]) or len(headers) > 2):
         return f"有 {headers[0][:40]!r} 这样的行"
     return ""
 

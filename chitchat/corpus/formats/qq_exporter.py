@@ -128,16 +128,16 @@ def _qce_message(record: dict[str, Any], me: set[str]) -> Message:
     left_out = ""
     if record.get("recalled") or record.get("isRecalled"):
         left_out = "撤回"
-    elif record.get("system") or record.get("isSystemMessage") or record.get("type") == "system":
+    elif record.get("system") or record.get("isSystemMessage"):
         left_out = "系统提示"
-    elif resources := content.get("resources"):
+    elif not str(kind := record.get("type") or "").startswith("type_"):
+        left_out = kind_of_type(str(kind))
+    if not left_out and (resources := content.get("resources")):
         kinds = {str(item.get("type")) for item in resources if isinstance(item, dict)}
         rest = re.sub(r"\[[^\[\]]*\]", "", text).strip()
         if not rest:  # 图片之外没有话；有话的，占位的部分由 clean_message 去掉
-            left_out = _QCE_KINDS.get(min(kinds, default=""), "") or kind_of_type(
-                min(kinds, default="")
-            )
-            left_out = left_out or "其他"
+            kind = min(kinds, default="")
+            left_out = _QCE_KINDS.get(kind) or kind_of_type(kind) or "其他"
     return Message(
         speaker=accounts[0] if accounts else str(raw.get("senderUin") or sender.get("name") or ""),
         times=parse_times(str(record.get("timestamp") or record.get("time") or "")),

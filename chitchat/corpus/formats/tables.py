@@ -25,9 +25,9 @@ from chitchat.corpus.formats.columns import (
     PAIRS,
     cells_of,
     find_columns,
-    find_header,
     known_names,
     open_rows,
+    skip_header,
 )
 from chitchat.corpus.messages import Message, kind_of_type
 from chitchat.corpus.sorting import temporary_database
@@ -77,7 +77,7 @@ def read_table(
     """按表头决定是聊天记录、编了号的对话还是一行一段。"""
     rows = open_rows(file, head)
     named = [getattr(options, f"{role}_column", None) for role in ALIASES]
-    header = find_header(rows, [name for name in named if name])
+    header = skip_header(rows, head, [name for name in named if name])
     if not header:
         yield from _read_bare(file, head, options)
         return

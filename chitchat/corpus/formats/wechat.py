@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from chitchat.corpus.formats.base import Format, Head, ReadOptions
-from chitchat.corpus.formats.columns import find_header, open_rows
+from chitchat.corpus.formats.columns import find_header, open_rows, skip_header
 from chitchat.corpus.formats.json_values import iterate_items, iterate_lines
 from chitchat.corpus.messages import Message, kind_of_type
 from chitchat.corpus.times import parse_times
@@ -79,10 +79,12 @@ _TABLES = (
 )  # fmt: skip
 
 
+_MARKING = ("is_sender", "StrContent", "TalkerName")  # 各种表特有的列名
+
+
 def _layout_of(head: Head) -> tuple[_Layout, list[str]] | None:
     """CSV 的表头是哪种工具的。"""
-    with head.open_text() as file:
-        header = find_header(open_rows(file, head), ("is_sender", "StrContent", "TalkerName"))
+    _, header = find_header(head, _MARKING)
     for layout in _TABLES:
         extra = {"SenderName"} if not layout.me else set()
         if layout.needed() | extra <= set(header):
@@ -130,7 +132,7 @@ def read_wechat(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Mess
         )
     layout, header = found
     rows = open_rows(file, head)
-    find_header(rows, ("is_sender", "StrContent", "TalkerName"))
+    skip_header(rows, head, _MARKING)
     columns = {name: column for column, name in enumerate(header)}
     last_column = max(columns[name] for name in layout.needed())
     for row in rows:
