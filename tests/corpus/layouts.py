@@ -136,7 +136,8 @@ MEMOTRACE = {"text": 1, "image": 3, "recall": 10000, "sticker": 47, "voice": 34,
 
 
 def memotrace(chat: Sequence[Said], *, short: bool = False) -> str:
-    header = ["localId", "TalkerId", "Type", "SubType", "IsSender", "CreateTime", "Status", "StrContent", "StrTime", "Remark", "NickName", "Sender"]  # fmt: skip
+    names = "localId TalkerId Type SubType IsSender CreateTime Status StrContent StrTime"
+    header = [*names.split(), "Remark", "NickName", "Sender"]
     rows = [
         [i, 1, MEMOTRACE[s.kind], 0, int(s.who == "me"), s.epoch, "",
          s.text or '<?xml version="1.0"?><msg/>', f"{s.time:%Y-%m-%d %H:%M:%S}",
@@ -193,8 +194,8 @@ def weflow_json(chat: Sequence[Said], **header: object) -> str:
 
 
 def qq_txt(chat: Sequence[Said]) -> str:
-    head = ("消息记录（此消息记录为文本格式，不支持重新导入）\n\n" + "=" * 64 + "\n消息分组:我的好友\n"
-            + "=" * 64 + "\n消息对象:小明\n" + "=" * 64 + "\n\n")  # fmt: skip
+    head = ("消息记录（此消息记录为文本格式，不支持重新导入）\n\n"
+            + "=" * 64 + "\n消息分组:我的好友\n" + "=" * 64 + "\n消息对象:小明\n" + "=" * 64 + "\n\n")  # fmt: skip  # noqa: E501
     return head + "".join(
         f"{s.time:%Y-%m-%d %-H:%M:%S} {NAMES[s.who]}({'10000' if s.kind == 'recall' else s.who})\n"
         f"{PLACEHOLDER.get(s.kind, s.text)}\n\n" for s in chat)  # fmt: skip
@@ -241,7 +242,8 @@ def qce_txt(chat: Sequence[Said]) -> str:
     return head + "\n\n".join(map(block, chat)) + foot
 
 
-QCE = {"image": "[图片:a.jpg]", "sticker": "[表情消息]", "voice": "[语音:3秒]", "link": "[卡片消息]",
+QCE = {"image": "[图片:a.jpg]", "sticker": "[表情消息]", "voice": "[语音:3秒]",
+       "link": "[卡片消息]",
        "recall": "[系统消息]"}  # fmt: skip
 
 
@@ -389,7 +391,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Sequence[Said]], str]]] = {
     "weflow_csv": ("a.csv", weflow_csv),
     "weflow_json": ("a.json", lambda chat: weflow_json(chat, weflow={"version": "1"})),
     "echotrace": ("a.json", weflow_json),
-    "ciphertalk": ("a.json", lambda chat: weflow_json(chat, exportInfo={"generator": "CipherTalk"})),
+    "ciphertalk": ("a.json", lambda chat: weflow_json(chat, exportInfo={"generator": "Cipher"})),
     "memotrace": ("a.csv", memotrace),
     "memotrace_short": ("a.csv", lambda chat: memotrace(chat, short=True)),
     "memotrace_txt": ("a.txt", memotrace_txt),

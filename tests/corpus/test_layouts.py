@@ -45,14 +45,14 @@ LAYOUT = {
     "alpaca.json": json.dumps([{"instruction": q, "input": "", "output": a} for q, a in QA]),
     "belle.jsonl": lines(*({"instruction": f"Human:{q}\nAssistant:", "output": a} for q, a in QA)),
     "firefly.jsonl": pairs("input", "target", kind="x"),
-    "firefly_multi.jsonl": lines(*({"conversation": [{"human": q, "assistant": a}]} for q, a in QA)),
+    "fireflies.jsonl": lines(*({"conversation": [{"human": q, "assistant": a}]} for q, a in QA)),
     "moss.jsonl": lines(*({"chat": {"turn_1": {"Human": f"<|Human|>: {q}<eoh>\n", "Commands": "",
                                                "MOSS": f"<|MOSS|>: {a}<eom>\n"}}} for q, a in QA)),
     "moss2.jsonl": lines(*({"plain_text": f"[Human]: {q}<eoh> [MOSS]: {a}<eoa>"} for q, a in QA)),
     "dpo.jsonl": lines({"conversations": TURNS[:1], "chosen": "你也好", "rejected": "滚"},
                        {"prompt": "晚安", "chosen": "好梦", "rejected": "哦"}),
     "dpo_list.jsonl": lines({"chosen": [{"role": "user", "content": "你好"},
-                                        {"role": "assistant", "content": "你也好"}], "rejected": []},
+                                        {"role": "assistant", "content": "你也好"}]},
                             {"prompt": "晚安", "chosen": {"value": "好梦"}, "rejected": "哦"}),
     "qa.csv": "question,answer\n你好,你也好\n晚安,好梦\n",
     "semi.csv": "id;问题;回答\n1;你好;你也好\n2;晚安;好梦\n",
@@ -73,9 +73,10 @@ LAYOUT = {
     "roles.txt": "system: 你是小柚\nuser: 你好\nassistant: 你也好\n\nuser: 晚安\nassistant: 好梦\n",
     "ask.txt": "问：你好\n答：你也好\n问：晚安\n答：好梦\n",
     "greet.yml": "categories:\n- x\nconversations:\n- - 你好\n  - 你也好\n- - 晚安\n  - 好梦\n",
-    "kdconv.json": json.dumps([{"messages": [{"message": t} for t in pair], "name": "x"} for pair in QA]),
+    "kdconv.json": json.dumps([{"messages": [{"message": t} for t in pair]} for pair in QA]),
     "crosswoz.json": json.dumps({str(i): {"goal": [], "messages": [
-        {"role": "usr", "content": q}, {"role": "sys", "content": a}]} for i, (q, a) in enumerate(QA)}),
+        {"role": "usr", "content": q}, {"role": "sys", "content": a}]}
+        for i, (q, a) in enumerate(QA)}),
     "naturalconv.json": json.dumps([{"dialog_id": "0", "content": pair} for pair in QA]),
     "cdconv.jsonl": lines(*({"u1": q, "b1": a, "label": 2} for q, a in QA)),
     "dialogre.json": json.dumps([[[f"S1: {q}", f"S2: {a}"], [{"x": "y"}]] for q, a in QA]),
@@ -184,7 +185,7 @@ SAMPLES = {
     "big5hkscs": "今天天氣真不錯，我們一起去公園走走吧。\n好啊，什麼時候出發？\n",
     "cp932": "こんにちは、元気ですか。\nはい、今日はとても寒いですね。\n",
     "euc_kr": "안녕하세요, 오늘 날씨가 좋네요.\n네, 그래요.\n",
-    "cp1252": "I don’t know what you’re talking about\nIt’s fine – really, the café is open\n",
+    "cp1252": "I don’t know what you’re talking about\nIt’s fine – really, the café is open\n",  # noqa: RUF001
     "utf-16": "今天天气真不错\n好\n",
     "utf-32": "今天天气真不错\n好\n",
     "utf-16-le": "ok，今天天气真不错\n好啊\n",
@@ -250,7 +251,7 @@ def test_standard_input_and_brackets_in_a_folder(tmp_path, monkeypatch):
     read_end, write_end = os.pipe()
     os.write(write_end, TEXT.encode())
     os.close(write_end)
-    with open(read_end, encoding="utf-8") as stdin:
+    with open(read_end, encoding="utf-8") as stdin:  # noqa: PTH123
         monkeypatch.setattr(sys, "stdin", stdin)
         assert read(Path("-")) == QA
 
@@ -261,7 +262,7 @@ def test_standard_input_and_brackets_in_a_folder(tmp_path, monkeypatch):
         (["回复 @小明:好的呀", "@小红 行"], [["好的呀", "行"]], {"回复 @某人": 1, "@某人": 1}),
         (["#早安#大家早", "看 http://a.b/c 早"], [["大家早", "看 早"]], {"#话题#": 1, "网址": 1}),
         (["哈哈哈哈哈哈哈哈", "好笑吗"], [["哈哈哈", "好笑吗"]], {"重复的词": 1}),
-        (["你好", "在", "在", "怎么了", "没事"], [["你好", "在"], ["怎么了", "没事"]], {"与上一句相同": 1}),
+        (["你好", "在", "在", "咋了", "没事"], [["你好", "在"], ["咋了", "没事"]], {"与上一句相同": 1}),  # noqa: E501
         (["一", "打13800138000", "二", "三"], [["二", "三"]], {"电话号码": 1}),
         (["hello", "你好", "好"], [["你好", "好"]], {"没有汉字": 1}),
         (["你好", "好==!!..//"], [], {"多半是符号": 1}),
@@ -306,18 +307,19 @@ def test_damaged_files_of_every_kind_give_dialogues_or_one_sentence(name, edits,
     try:
         found = read(path)
     except UserError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017
         return
     assert all(text.strip() == text != "" for dialogue in found for text in dialogue)
 
 
 @settings(max_examples=100, deadline=5000, suppress_health_check=list(HealthCheck))
-@given(suffix=st.sampled_from([".txt", ".csv", ".json", ".jsonl", ".tsv", ".yml", ".mht", ".zip"]),
-       data=st.binary(max_size=300) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "replace")))  # fmt: skip
+@given(suffix=st.sampled_from([".txt", ".csv", ".json", ".jsonl", ".tsv", ".yml", ".mht"]),
+       data=st.binary(max_size=300)
+       | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))  # fmt: skip
 def test_random_bytes_give_dialogues_or_one_sentence(suffix, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
     path.write_bytes(data)
     try:
         read(path)
     except UserError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017

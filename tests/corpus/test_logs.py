@@ -114,8 +114,8 @@ def test_chats_in_one_file_never_mix(tmp_path):
     rows = weclone_msg(CHAT).splitlines()
     more = [row.replace(",room,", ",别处,") for row in weclone_msg(other).splitlines()[1:]]
     path = tmp_path / "a.csv"
-    path.write_text("\n".join([rows[0], *(x for pair in zip(rows[1:], more, strict=False) for x in pair),
-                               *rows[3:]]), encoding="utf-8")  # fmt: skip
+    mixed = [row for pair in zip(rows[1:], more, strict=False) for row in pair]
+    path.write_text("\n".join([rows[0], *mixed, *rows[3:]]), encoding="utf-8")
     wanted = [*expected(to_minute(CHAT, "weclone_msg")), ["另一个聊天", "是的"]]
     assert sorted(read(path)) == sorted(wanted)
 
@@ -187,7 +187,8 @@ def test_multi_line_messages_and_unnamed_lines(tmp_path):
                     "2026/1/2 20:17 - +86 138 0013 8000: 好\u200e<此消息已编辑>\n",
                     encoding="utf-8")  # fmt: skip
     assert read(path) == [["第一行 第二行", "好看吗", "好"]]
-    path.write_text('[LINE] 与小明的聊天记录\n2026/1/2(金)\n20:15\t甲\t"第一行\n2026/1/3\n""引""号"\n'
+    path.write_text('[LINE] 与小明的聊天记录\n2026/1/2(金)\n'
+                    '20:15\t甲\t"第一行\n2026/1/3\n""引""号"\n'
                     "20:16\t乙\t好\n20:17\t\t乙加入群聊\n", encoding="utf-8")  # fmt: skip
     assert read(path) == [['第一行 2026/1/3 "引"号', "好"]]
 
