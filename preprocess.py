@@ -28,6 +28,7 @@ from chitchat.corpus.sources import Source, find_sources
 from chitchat.corpus.statistics import Statistics
 from chitchat.corpus.tally import Tally, describe_source, explain_nothing, speaker_lines
 from chitchat.errors import UserError
+from chitchat.files import find_shipped
 from chitchat.tokens.batch_encoder import DialogueEncoder, EncodedBatch
 from chitchat.tokens.token_writer import check_folder, open_writer
 from chitchat.tokens.tokenizer import (
@@ -273,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.build_vocab or args.bert_vocab:
         make_vocab(args, corpus)
+    args.vocab_path = find_shipped(args.vocab_path)
     tokenizer = load_tokenizer(args.vocab_path)
     if args.check:
         result = check(corpus, tokenizer, args.max_len)
