@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
-from chitchat.chat.lines import read_lines
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
-from chitchat.chat.repl import Repl, Transcript
+from chitchat.chat.terminal.lines import read_lines
+from chitchat.chat.terminal.repl import Repl, Transcript
 from chitchat.checkpoint import (
     check_same_vocab,
     has_tokenizer,
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("options=%s", options)
     loading = start_loading(args, tokenizer)
     if args.input_path is not None:
-        from chitchat.chat.whole_files import answer_file  # 会导入 torch，聊天时不必等
+        from chitchat.chat.whole_files.answers import answer_file  # 会导入 torch，聊天时不必等
 
         print(
             answer_file(

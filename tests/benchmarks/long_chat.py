@@ -19,7 +19,7 @@ from chitchat.chat.chatbot import Chatbot
 from chitchat.chat.engine import MAX_THREADS, choose_precision
 from chitchat.chat.loading import load_engine
 from chitchat.chat.options import SamplingOptions
-from chitchat.chat.repl import Repl, Transcript
+from chitchat.chat.terminal.repl import Repl, Transcript
 from chitchat.checkpoint import load_model_tokenizer
 from chitchat.cli import configure_logging
 from chitchat.corpus.reader import read_dialogues

@@ -11,12 +11,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from chitchat.chat import whole_files as replies
 from chitchat.chat.chatbot import MAX_ROWS, Chatbot, ResponseStreamer, build_context
 from chitchat.chat.engine import Engine
 from chitchat.chat.generation import score_continuations
 from chitchat.chat.options import SamplingOptions
-from chitchat.chat.whole_files import answer_file
+from chitchat.chat.whole_files import answers as replies
+from chitchat.chat.whole_files.answers import answer_file
 from chitchat.corpus.reader import read_dialogues
 from chitchat.errors import UserError
 from chitchat.tokens.token_table import TokenTable

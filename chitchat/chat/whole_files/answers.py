@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from chitchat.chat.chatbot import Chatbot
 from chitchat.chat.generation import MAX_ROWS, score_continuations
-from chitchat.chat.metrics import build_report, require_sacrebleu
 from chitchat.chat.options import KNOBS, SamplingOptions
-from chitchat.chat.partial_replies import PartialReplies
+from chitchat.chat.whole_files.metrics import build_report, require_sacrebleu
+from chitchat.chat.whole_files.partial_replies import PartialReplies
 from chitchat.errors import UserError
 from chitchat.files import atomic_file, check_writable
 from chitchat.tokens.tokenizer import decode_response, encode_dialogues, encode_utterances
