@@ -10,6 +10,7 @@ if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
 import argparse
 import contextlib
 import logging
+import random
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, NoReturn
 from chitchat.architecture import check_vocab_size
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
 from chitchat.chat.terminal.lines import read_lines
-from chitchat.chat.terminal.repl import Repl, Transcript
+from chitchat.chat.terminal.repl import Repl
+from chitchat.chat.transcript import Transcript
 from chitchat.checkpoint import (
     check_same_vocab,
     has_tokenizer,
@@ -152,7 +154,6 @@ def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chat
             tokenizer,
             backward_engine=engines[1] if args.mmi_model_path is not None else None,
             num_candidates=args.num_candidates,
-            seed=args.seed,
         )
 
     executor = ThreadPoolExecutor(max_workers=1)
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loading,
         options,
         Transcript(args.save_samples_dir),
+        random.Random(args.seed),
         show=lambda piece: print(piece, end="", flush=True),
         # 不在终端里时，标准输出除了问候只有回复。
         tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
