@@ -62,9 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="0", help="GPU 编号（默认 %(default)s）；没有 GPU 时用 CPU")
     add("--no_cuda", action="store_true", help="只用 CPU")
     for name, knob in KNOBS.items():
-        default = getattr(SamplingOptions, knob.field)
-        text = f"{knob.description}（默认 %(default)s）"
-        add(f"--{name}", dest=knob.field, type=knob.parse, default=default, metavar="N", help=text)
+        add(f"--{name}", dest=knob.field, type=knob.parse, default=knob.default, metavar="N",
+            help=f"{knob.description}（默认 %(default)s）")  # fmt: skip
     add("--log_path", type=Path, default=Path("data/interact.log"), help="日志（默认 %(default)s）")
     add("--vocab_path", type=Path, help="词表文件（默认用模型文件夹里自带的）")
     add("--model_path", default="model/epoch40", help="模型文件夹（默认 %(default)s）")

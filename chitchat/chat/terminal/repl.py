@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import random
 import re
@@ -190,9 +189,9 @@ class Repl:
         knob = KNOBS[name]
         bot = self.bot  # 模型读不出时照样报告，不当作旋钮写错
         try:
-            changed = dataclasses.replace(self.options, **{knob.field: knob.parse(value)})
+            changed = dataclasses.replace(self.options, **{knob.field: knob.read(value)})
             bot.check_options(changed)
-        except (argparse.ArgumentTypeError, UserError) as error:
+        except UserError as error:
             self._tell(f"{name} 没有改：{error}")
             return
         self.options = changed
