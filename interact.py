@@ -10,6 +10,7 @@ if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
 import argparse
 import contextlib
 import logging
+import random
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
-from chitchat.chat.lines import read_lines
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
-from chitchat.chat.repl import Repl, Transcript
+from chitchat.chat.terminal.lines import read_lines
+from chitchat.chat.terminal.repl import Repl
+from chitchat.chat.transcript import Transcript
 from chitchat.checkpoint import (
     check_same_vocab,
     has_tokenizer,
@@ -42,6 +44,8 @@ logger = logging.getLogger("chitchat.interact")
 
 GREETING = "开始和 chatbot 聊天，按 Ctrl+D、Ctrl+C 或 Ctrl+Z 结束，输入 /help 查看命令"
 
+MAX_WEB_CANDIDATES = 32  # 服务器一批最多几行
+
 # 除了采样的旋钮，还有哪些选项影响回复
 SETTINGS = (
     "model_path",
@@ -60,9 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="0", help="GPU 编号（默认 %(default)s）；没有 GPU 时用 CPU")
     add("--no_cuda", action="store_true", help="只用 CPU")
     for name, knob in KNOBS.items():
-        default = getattr(SamplingOptions, knob.field)
-        text = f"{knob.description}（默认 %(default)s）"
-        add(f"--{name}", dest=knob.field, type=knob.parse, default=default, metavar="N", help=text)
+        add(f"--{name}", dest=knob.field, type=knob.parse, default=knob.default, metavar="N",
+            help=f"{knob.description}（默认 %(default)s）")  # fmt: skip
     add("--log_path", type=Path, default=Path("data/interact.log"), help="日志（默认 %(default)s）")
     add("--vocab_path", type=Path, help="词表文件（默认用模型文件夹里自带的）")
     add("--model_path", default="model/epoch40", help="模型文件夹（默认 %(default)s）")
@@ -90,7 +93,24 @@ def build_parser() -> argparse.ArgumentParser:
         "中断后用同样的选项再运行会接着做")  # fmt: skip
     add("--report", action="store_true",
         help="与 --input_path 同用：每段的最后一句当参考答案，完成后给出评价")  # fmt: skip
+    add_web_arguments(parser)
     return parser
+
+
+def add_web_arguments(parser: argparse.ArgumentParser) -> None:
+    """服务器的参数。"""
+    add = parser.add_argument
+    add("--web", action="store_true", help="不在终端里聊，开一个服务器：网页和 OpenAI 格式的接口")
+    add("--host", default="127.0.0.1", help="与 --web 同用：在哪个地址听，默认只有本机连得上"
+        "（默认 %(default)s）")  # fmt: skip
+    add("--port", type=bounded(int, minimum=0, maximum=65535), default=8000, metavar="N",
+        help="与 --web 同用：端口，0 表示随便一个空的（默认 %(default)s）")  # fmt: skip
+    add("--api_key", metavar="KEY", help="与 --web 同用：接口要这把钥匙才能用；"
+        "别的机器也连得上时必须有（默认不要）")  # fmt: skip
+    add("--cors", metavar="ORIGIN", help="与 --web 同用：许可哪个网站的网页使用接口，"
+        "例如 http://localhost:3000，* 表示全部（默认都不许）")  # fmt: skip
+    add("--no_chat_log", action="store_true", help="与 --web 同用：不写聊天记录"
+        "（默认写在 --save_samples_path 下的 web/ 里，每天一个文件）")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -152,7 +172,6 @@ def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chat
             tokenizer,
             backward_engine=engines[1] if args.mmi_model_path is not None else None,
             num_candidates=args.num_candidates,
-            seed=args.seed,
         )
 
     executor = ThreadPoolExecutor(max_workers=1)
@@ -171,12 +190,33 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.report and args.input_path is None:
         raise UserError("--report 要与 --input_path、--output_path 同用")
+    check_web_arguments(args)
     if args.mmi_model_path is not None and args.num_candidates == 1:
         raise UserError("--mmi_model_path 用来挑选候选：请同时给出 --num_candidates，例如 5")
     if args.debug and args.num_candidates == 1:
         raise UserError("--debug 列出各个候选：请同时给出 --num_candidates，例如 5")
     if args.greedy and args.num_candidates > 1:
         raise UserError("--greedy 的各个候选都相同：请去掉它，或去掉 --num_candidates")
+
+
+def check_web_arguments(args: argparse.Namespace) -> None:
+    """服务器的参数之间的矛盾，和缺的包。"""
+    if not args.web:
+        given = [name for name in ("api_key", "cors") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"--{given[0]} 要与 --web 同用")
+        return
+    if args.input_path is not None:
+        raise UserError("--web 与 --input_path 是两件事：请去掉其中一个")
+    if args.num_candidates > MAX_WEB_CANDIDATES:
+        raise UserError(f"--web 时 --num_candidates 最多 {MAX_WEB_CANDIDATES}，请改小")
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--web 要用 starlette 和 uvicorn：请先运行 pip install starlette uvicorn"
+        ) from None
 
 
 def check_models(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
@@ -213,6 +253,34 @@ def read_input(path: Path) -> Iterator[list[str]]:
         ) from error
 
 
+def serve(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions) -> None:
+    """开服务器，直到 Ctrl+C 或 SIGTERM。"""
+    from chitchat.chat.web.api import Service
+    from chitchat.chat.web.chat_log import ChatLog
+    from chitchat.chat.web.scheduler import Scheduler
+    from chitchat.chat.web.server import Access, open_socket
+    from chitchat.chat.web.server import serve as serve_until_stopped
+
+    access = Access(args.api_key, args.cors)
+    access.check(args.host)
+    chat_log = None if args.no_chat_log else ChatLog(args.save_samples_dir / "web")
+    listener = open_socket(args.host, args.port)  # 占住端口，再花时间读模型
+    bot = start_loading(args, tokenizer).result()
+    bot.check_options(options)
+    service = Service(
+        bot,
+        Scheduler(bot),
+        options,
+        model_id=Path(args.model_path).resolve().name,
+        rng=random.Random(args.seed),
+        chat_log=chat_log,
+    )
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"网页 {url} ，接口 {url}/v1 ，按 Ctrl+C 停下", flush=True)
+    serve_until_stopped(service, listener, host=args.host, access=access)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     parser = build_parser()
@@ -226,9 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_model_tokenizer(args.model_path, args.vocab_path)
     check_models(args, tokenizer)
     logger.info("options=%s", options)
+    if args.web:
+        serve(args, tokenizer, options)
+        return 0
     loading = start_loading(args, tokenizer)
     if args.input_path is not None:
-        from chitchat.chat.whole_files import answer_file  # 会导入 torch，聊天时不必等
+        from chitchat.chat.whole_files.answers import answer_file  # 会导入 torch，聊天时不必等
 
         print(
             answer_file(
@@ -252,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loading,
         options,
         Transcript(args.save_samples_dir),
+        random.Random(args.seed),
         show=lambda piece: print(piece, end="", flush=True),
         # 不在终端里时，标准输出除了问候只有回复。
         tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),

@@ -35,6 +35,7 @@ KINDS = {
     "float>=0": ({"0": 0.0, "2.5": 2.5}, ["-1", "nan", "inf", "x"]),
     "float>0": ({"1e-9": 1e-9, "2": 2.0}, ["0", "-1", "nan", "inf", "x"]),
     "0..1": ({"0": 0.0, "0.9": 0.9, "1": 1.0}, ["-0.1", "1.1", "nan"]),
+    "port": ({"0": 0, "65535": 65535}, ["-1", "65536", "x"]),
     "ignored": ({"x": "x"}, []),
 }
 
@@ -139,6 +140,12 @@ INTERACT = [
     ("--input_path", "path", None),
     ("--output_path", "path", None),
     ("--report", "switch", False),
+    ("--web", "switch", False),
+    ("--host", "text", "127.0.0.1"),
+    ("--port", "port", 8000),
+    ("--api_key", "text", None),
+    ("--cors", "text", None),
+    ("--no_chat_log", "switch", False),
 ]
 
 COMMAND = re.compile(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from chitchat.chat.engine import Engine
-from chitchat.chat.generation import score_continuations
+from chitchat.chat.scoring import score_continuations
 from chitchat.training.dataset import IGNORE_INDEX, Batch, collate
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY_VOCAB
 
 import interact
-from chitchat.chat.generation import Generator
+from chitchat.chat.generation import Batch
 from chitchat.checkpoint import save_checkpoint
 from chitchat.cli import configure_logging, run_cli
 from chitchat.corpus.reader import read_dialogues
@@ -150,7 +150,7 @@ def test_ctrl_c_while_the_reply_is_being_generated_ends_the_chat(type_in_termina
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "generate", interrupted)
+    monkeypatch.setattr(Batch, "step", interrupted)
     type_in_terminal("你好")
     assert re.match(rf"{HEADER}user:你好\n", read_samples())
 
@@ -198,13 +198,13 @@ def test_each_line_of_a_paste_has_its_speaker(type_in_terminal):
 def contexts_of(monkeypatch) -> list[list[int]]:
     """记下每次送去生成的上下文。"""
     seen = []
-    generate = Generator.generate
+    add = Batch.add
 
-    def spy(self, contexts, *args, **kwargs):
-        seen.extend(list(context) for context in contexts)
-        return generate(self, contexts, *args, **kwargs)
+    def spy(self, rows):
+        seen.extend(list(row.context) for row in rows)
+        add(self, rows)
 
-    monkeypatch.setattr(Generator, "generate", spy)
+    monkeypatch.setattr(Batch, "add", spy)
     return seen
 
 

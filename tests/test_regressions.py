@@ -13,7 +13,7 @@ from conftest import ROOT, TINY_CONFIG, TINY_VOCAB
 import interact
 import train
 from chitchat.architecture import build_model
-from chitchat.chat.chatbot import ResponseStreamer
+from chitchat.chat.context import TextStream
 from chitchat.chat.samples import sample_replies
 from chitchat.checkpoint import save_checkpoint
 from chitchat.cli import run_cli
@@ -105,12 +105,10 @@ def test_sample_replies_of_a_model_with_few_positions(make_model, tokenizer):
     ],
 )
 def test_streamed_text_is_the_whole_text_when_a_late_piece_removes_a_space(pieces, text):
-    tokenizer, written = load_tokenizer(ROOT / "vocab" / "vocab.txt"), []
-    streamer = ResponseStreamer(tokenizer, written.append)
-    for piece in pieces:
-        streamer.put(tokenizer.token_to_id(piece))
-    streamer.end()
-    assert "".join(written) == text
+    tokenizer = load_tokenizer(ROOT / "vocab" / "vocab.txt")
+    stream = TextStream(tokenizer)
+    written = [stream.put(tokenizer.token_to_id(piece)) for piece in pieces]
+    assert "".join([*written, stream.end()]) == text
 
 
 @pytest.fixture

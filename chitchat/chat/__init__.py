@@ -1,5 +1,6 @@
 """权重加历史 → 回复：进来的是模型文件夹和说过的话，出去的是一句回复。
 
-读的次序：options（旋钮）、layers 和 engine（推理）、loading（读入）、sampling、generation（生成）、
-chatbot（历史 → 回复）、repl（终端）、whole_files 和 partial_replies（整个文件）、metrics（评价）。
+读的次序：options（旋钮），layers、engine、loading（推理），sampling、generation（token 的迭代器），
+context、scoring、candidates、chatbot（历史 → 文字的迭代器）；然后是用它的 terminal（终端）、
+whole_files（整个文件）、samples（训练途中）。
 """

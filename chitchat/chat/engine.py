@@ -2,13 +2,17 @@
 
 与 transformers 的 GPT2LMHeadModel 算同一个函数，CPU 与 GPU 通用；不导入 transformers。
 
-形状记号: B 批大小   T 本次送入的 token 数   S 缓存里已有的位置数   L 层数   C 隐藏宽度
-          H 头数   D 每头宽度   V 词表大小   I、O 线性层的输入、输出宽度
+一次可以送入好几组：组内各行一样长、共用一份缓存，组与组之间长短不拘、各到各的位置。
+一行的结果与同批有谁无关：int8 逐位如此；fp32、bf16 的矩阵乘法随行数换用不同的累加次序，
+fp32 相差约 1e-6，bf16 相差约 1e-2，抽样因此可能走上另一条路。
+
+形状记号: B 一组的行数   T 一组每行送入的 token 数   S 缓存里已有的位置数   N 各组 B·T 之和
+          L 层数   C 隐藏宽度   H 头数   D 每头宽度   V 词表大小   I、O 线性层的输入、输出宽度
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,11 +103,6 @@ class Engine:
         self._head = packer.head()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """隐藏状态和缓存的类型；加到注意力分数上的 mask 也要用它。"""
-        return self._token_embedding.dtype
-
-    @property
     def vocab_size(self) -> int:
         """词表大小 V。"""
         return self._token_embedding.size(0)
@@ -113,36 +112,36 @@ class Engine:
         shape = (2, batch_size, self._num_heads, max_tokens, self._head_width)
         return KeyValueCache(self._token_embedding.new_empty(self._num_layers, *shape))
 
+    def hidden(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """同 hidden_groups，只有一组：(B, T) 变成 (B, T, C)。"""
+        return self.hidden_groups([(input_ids, cache)])[0]
+
     @torch.inference_mode()
-    def hidden(
-        self,
-        input_ids: Tensor,
-        cache: KeyValueCache,
-        *,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """送入新的 token，填好缓存，给出它们的隐藏状态。
+    def hidden_groups(self, groups: Sequence[tuple[Tensor, KeyValueCache]]) -> list[Tensor]:
+        """送入各组的新 token，填好缓存，给出它们的隐藏状态；各组的长短互不相干，没有补齐。
+
+        线性层把全部的 token 当作一批，注意力每组各算各的，形状与单独算这一组时相同。
 
         Args:
-            input_ids: 形状 (B, T)；缓存非空时 T 必须是 1。
-            cache: 会被填入 T 个位置。
-            positions: 位置编号，形状 (B, T)；默认接着缓存往后数。
-            mask: 加到注意力分数上，形状 (B, 1, T, S+T)，类型 dtype，看不见处是 -inf；默认是因果的。
+            groups: 每组的 input_ids (B, T) 和缓存；接着缓存里已有的位置往后算，会被填入 T 个位置。
 
         Returns:
-            最后一层归一化之后的隐藏状态，形状 (B, T, C)。
+            每组最后一层归一化之后的隐藏状态，形状 (B, T, C)。
         """
-        start, end = cache.length, cache.length + input_ids.size(1)
-        if positions is None:
-            position_embedding = self._position_embedding[start:end]
-        else:
-            position_embedding = self._position_embedding[positions]
-        x = F.embedding(input_ids, self._token_embedding) + position_embedding  # (B, T, C)
-        slots = list(cache.data[..., start:end, :].unbind(0))
-        windows = list(cache.data[..., :end, :].unbind(0))
-        cache.length = end
-        return self._blocks(x, slots, windows, mask)
+        token_ids = torch.cat([input_ids.flatten() for input_ids, _ in groups])  # (N,)
+        positions, slots, windows = [], [], []
+        for input_ids, cache in groups:
+            start, end = cache.length, cache.length + input_ids.size(1)
+            embedding = self._position_embedding[start:end]
+            positions.append(embedding.repeat(input_ids.size(0), 1))
+            slots.append(cache.data[..., start:end, :].unbind(0))
+            windows.append(cache.data[..., :end, :].unbind(0))
+            cache.length = end
+        x = F.embedding(token_ids, self._token_embedding) + torch.cat(positions)  # (N, C)
+        x = self._blocks(x, [list(s) for s in zip(*slots, strict=True)],
+                         [list(w) for w in zip(*windows, strict=True)])  # fmt: skip
+        parts = x.split([input_ids.numel() for input_ids, _ in groups])
+        return [part.view(*ids.shape, -1) for part, (ids, _) in zip(parts, groups, strict=True)]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

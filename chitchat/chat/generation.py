@@ -1,12 +1,17 @@
-"""生成：从一批上下文逐个 token 地生成回复，或给已有的文字打分。
+"""生成：许多行各走各的，每一步每行得到一个 token；随时可以有新的行加入、旧的行退出。
 
-形状记号: B 批大小   T 上下文的 token 数   V 词表大小   C 隐藏宽度
+一行的回复只取决于它自己的上下文、旋钮和随机数源，与同批的其他行无关：int8 逐位如此，fp32 除了
+舍入如此，bf16 不是（原因见 engine）。单独一句是 ``Generator.tokens`` 这个迭代器，关掉它就停；
+服务器让许多句轮流走，用 ``Batch``。
+
+形状记号: B 一组的行数   N 批里的行数   V 词表大小   C 隐藏宽度
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,13 +30,29 @@ from chitchat.tokens.tokenizer import SpecialIds
 MAX_ROWS = 32  # 一批最多几行：内存有数；再大，CPU 上每行也快不了多少
 
 
-@dataclass
-class Response:
-    """一句生成的回复。"""
+@dataclass(eq=False)
+class Row:
+    """一行：由上下文生成的一句回复，连同它怎样生成。
 
-    token_ids: list[int] = field(default_factory=list)  # 不含 [SEP]
-    log_prob_sum: float = 0.0  # nat，含 [SEP]；不要分数时是 0
-    num_scored: int = 0  # log_prob_sum 是多少个 token 之和
+    Attributes:
+        context: 上下文，至少一个 token。
+        options: 采样的旋钮。
+        rng: 随机数源，每个 token 用一个数。
+        has_scores: True 时算出回复的对数概率（按模型原来的分布，不受旋钮影响）。
+        token_ids: 已生成的 token，不含 [SEP]。
+        is_finished: 是否说完了：得到了 [SEP]，或已有 max_len 个 token，或被请出了批。
+        log_prob_sum: 对数概率之和，nat，含 [SEP]；不要分数时是 0。
+        num_scored: log_prob_sum 是多少个 token 之和。
+    """
+
+    context: Sequence[int]
+    options: SamplingOptions
+    rng: random.Random
+    has_scores: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    is_finished: bool = False
+    log_prob_sum: float = 0.0
+    num_scored: int = 0
 
     @property
     def likelihood(self) -> float:
@@ -39,8 +60,107 @@ class Response:
         return self.log_prob_sum / max(1, self.num_scored)
 
 
+class _Group:
+    """一样长的几行：共用一份缓存，一起往前走。"""
+
+    def __init__(self, engine: Engine, rows: Sequence[Row]) -> None:
+        """各行的上下文一样长；内容也都相同时（多个候选）只算一次。"""
+        contexts = [row.context for row in rows]
+        if all(context == contexts[0] for context in contexts):
+            contexts = contexts[:1]
+        max_len = max(row.options.max_len for row in rows)
+        self.rows = list(rows)
+        self.input_ids = torch.tensor([list(c) for c in contexts], device=engine.device)  # (B, T)
+        num_rows, width = self.input_ids.shape
+        self.cache: KeyValueCache = engine.new_cache(num_rows, width + max_len)
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """由刚算出的隐藏状态 (B, T, C) 取出各行最新的 (B, C)；候选从这里开始分开。"""
+        last = hidden[:, -1]
+        if len(last) < len(self.rows):
+            same = torch.zeros(len(self.rows), dtype=torch.long, device=last.device)
+            self.cache, last = self.cache.select(same), last[same]
+        return last
+
+    def advance(self, chosen: Sequence[int]) -> None:
+        """记下各行刚得到的 token，等下一步送入；过半的行说完了，就把它们的缓存让出来。"""
+        alive = [i for i, row in enumerate(self.rows) if not row.is_finished]
+        if 0 < len(alive) <= len(self.rows) / 2:  # 一半已说完，才值得搬一次缓存
+            self.cache = self.cache.select(torch.tensor(alive, device=self.input_ids.device))
+            self.rows, chosen = [self.rows[i] for i in alive], [chosen[i] for i in alive]
+        self.input_ids = torch.tensor(chosen, device=self.input_ids.device)[:, None]
+
+    @property
+    def is_finished(self) -> bool:
+        """是否各行都说完了。"""
+        return all(row.is_finished for row in self.rows)
+
+
+class Batch:
+    """正在一起生成的各行。"""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self._groups: list[_Group] = []
+
+    @property
+    def num_rows(self) -> int:
+        """还没有说完的行数。"""
+        return sum(not row.is_finished for group in self._groups for row in group.rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """让新的行从下一步开始加入。"""
+        by_length: dict[int, list[Row]] = defaultdict(list)
+        for row in rows:
+            by_length[len(row.context)].append(row)
+        engine = self._generator.engine
+        self._groups += [_Group(engine, same) for same in by_length.values()]
+
+    def remove(self, row: Row) -> None:
+        """请出一行，不再为它生成。"""
+        row.is_finished = True
+        self._groups = [group for group in self._groups if not group.is_finished]
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, int]]:
+        """往前走一步。
+
+        Returns:
+            得到了新 token 的行和它的 token，[SEP] 不算；说完的行不再出现。
+        """
+        if not self._groups:
+            return []
+        engine = self._generator.engine
+        states = engine.hidden_groups([(g.input_ids, g.cache) for g in self._groups])
+        last = [group.take(state) for group, state in zip(self._groups, states, strict=True)]
+        logits = engine.logits(torch.cat(last))  # (N, V)
+        rows = [row for group in self._groups for row in group.rows]
+        chosen = self._generator.choose(logits, rows)
+        alive = [i for i, row in enumerate(rows) if not row.is_finished]
+        _add_scores(logits, chosen, [(i, rows[i]) for i in alive if rows[i].has_scores])
+        spoken = [(rows[i], chosen[i]) for i in alive if chosen[i] != self._generator.ids.sep]
+        for i in alive:
+            if chosen[i] == self._generator.ids.sep:
+                rows[i].is_finished = True
+            else:
+                rows[i].token_ids.append(chosen[i])
+                rows[i].is_finished = len(rows[i].token_ids) == rows[i].options.max_len
+        self._advance(chosen)
+        return spoken
+
+    def _advance(self, chosen: Sequence[int]) -> None:
+        start, going = 0, []
+        for group in self._groups:
+            end = start + len(group.rows)
+            if not group.is_finished:
+                group.advance(chosen[start:end])
+                going.append(group)
+            start = end
+        self._groups = going
+
+
 class Generator:
-    """从上下文成批生成回复：一行是普通的对话，多行是多个候选或整个文件。"""
+    """模型和它不能说的 token：逐个 token 地生成一句，或成批地生成许多句。"""
 
     def __init__(self, engine: Engine, ids: SpecialIds, forbidden_ids: Sequence[int]) -> None:
         """forbidden_ids 从不生成；第一个 token 也不能是 [SEP]，所以回复不会为空。"""
@@ -52,161 +172,62 @@ class Generator:
         self._forbidden_at_start = self._forbidden.clone()
         self._forbidden_at_start[ids.sep] = -torch.inf
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        contexts: Sequence[Sequence[int]],
-        options: SamplingOptions,
-        rngs: Sequence[random.Random],
-        *,
-        with_scores: bool = False,
-        on_token: Callable[[int], None] | None = None,
-    ) -> list[Response]:
-        """生成每个上下文的回复。
+    def tokens(self, row: Row) -> Iterator[int]:
+        """逐个给出这一行的 token，不含 [SEP]；关掉迭代器，就不再生成。"""
+        batch = Batch(self)
+        batch.add([row])
+        while not row.is_finished:
+            for _, token_id in batch.step():
+                yield token_id
 
-        Args:
-            contexts: 每行的上下文；各行相同时（多个候选）只算一次。
-            options: 采样的旋钮。
-            rngs: 每行一个随机数源；一行的回复只取决于它自己的上下文和随机数源，与同批的其他行无关。
-            with_scores: True 时算出回复的对数概率（按模型原来的分布，不受旋钮影响）。
-            on_token: 只有一行时，每生成一个 token（不含 [SEP]）就调用。
-        """
-        cache, hidden, pad_mask, lengths = self._read_contexts(contexts, options.max_len)
-        responses = [Response() for _ in contexts]
-        rows = list(range(len(contexts)))  # 批里每行对应的回复
-        alive = list(rows)  # 批里还没说完的行
-        for step in range(options.max_len):
-            logits = self.engine.logits(hidden)[:, -1]  # (B, V)
-            chosen = self._choose(
-                logits, [responses[row].token_ids for row in rows], options,
-                [rngs[row].random() for row in rows],
-            )  # fmt: skip
-            if with_scores:
-                _add_scores(logits, chosen, [(i, responses[rows[i]]) for i in alive])
-            for i in list(alive):
-                if chosen[i] == self.ids.sep:
-                    alive.remove(i)
-                    continue
-                responses[rows[i]].token_ids.append(chosen[i])
-                if on_token is not None:
-                    on_token(chosen[i])
-            if not alive or step + 1 == options.max_len:
-                break
-            if len(alive) <= len(rows) / 2:  # 一半已说完，才值得搬一次缓存
-                kept = torch.tensor(alive, device=self.engine.device)
-                cache, lengths = cache.select(kept), lengths[kept]
-                pad_mask = None if pad_mask is None else pad_mask[kept]
-                rows, chosen = [rows[i] for i in alive], [chosen[i] for i in alive]
-                alive = list(range(len(rows)))
-            hidden = self._step(chosen, cache, lengths + step, pad_mask)
-        return responses
+    def generate(self, rows: Sequence[Row]) -> None:
+        """成批生成，把每一行说完；各行的 token_ids 就是结果。"""
+        batch = Batch(self)
+        batch.add(rows)
+        while batch.num_rows:
+            batch.step()
 
-    def _read_contexts(
-        self, contexts: Sequence[Sequence[int]], max_len: int
-    ) -> tuple[KeyValueCache, Tensor, Tensor | None, Tensor]:
-        """送入上下文；左侧补齐，最后一列因此总是最新的 token。
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        """按各行自己的旋钮抽出下一个 token；logits 形状 (N, V)，说完的行也照抽。"""
+        uniforms = [row.rng.random() for row in rows]
+        alike: dict[tuple[SamplingOptions, bool], list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            alike[row.options, not row.token_ids].append(i)
+        chosen = [0] * len(rows)
+        for (options, is_start), picked in alike.items():
+            part = logits if len(picked) == len(rows) else logits[picked]
+            part = part + (self._forbidden_at_start if is_start else self._forbidden)
+            generated = [rows[i].token_ids for i in picked]
+            drawn = _choose_alike(part, generated, options, [uniforms[i] for i in picked])
+            for i, token_id in zip(picked, drawn, strict=True):
+                chosen[i] = token_id
+        return chosen
 
-        Returns:
-            缓存；最后一列的隐藏状态 (B, 1, C)；加到注意力分数上、盖住补齐的 mask (B, T + max_len)，
-            没有补齐时是 None；各行上下文的长度 (B,)。
-        """
-        device, num_rows = self.engine.device, len(contexts)
-        lengths = torch.tensor([len(context) for context in contexts], device=device)
-        width = max(map(len, contexts))
-        if all(context == contexts[0] for context in contexts):
-            cache = self.engine.new_cache(1, width + max_len)
-            input_ids = torch.tensor([contexts[0]], device=device)
-            hidden = self.engine.hidden(input_ids, cache)[:, -1:]
-            if num_rows > 1:
-                same = torch.zeros(num_rows, dtype=torch.long, device=device)
-                cache, hidden = cache.select(same), hidden[same]
-            return cache, hidden, None, lengths
-        cache = self.engine.new_cache(num_rows, width + max_len)
-        padded = [[self.ids.pad] * (width - len(context)) + list(context) for context in contexts]
-        columns = torch.arange(width + max_len, device=device)
-        is_pad = columns < (width - lengths)[:, None]  # (B, T + max_len)
-        pad_mask = torch.zeros(is_pad.shape, dtype=self.engine.dtype, device=device)
-        pad_mask.masked_fill_(is_pad, -torch.inf)
-        order = columns[:width]
-        # 补齐的位置也要看得见自己，否则注意力对空集归一，得到 NaN。
-        mask = pad_mask[:, None, :width].repeat(1, width, 1)  # (B, T, T)
-        mask.masked_fill_(order[:, None] < order, -torch.inf).diagonal(dim1=1, dim2=2).zero_()
-        positions = (order - (width - lengths)[:, None]).clamp_min(0)
-        hidden = self.engine.hidden(
-            torch.tensor(padded, device=device), cache, positions=positions, mask=mask[:, None]
+
+def _choose_alike(
+    logits: Tensor,
+    generated: Sequence[list[int]],
+    options: SamplingOptions,
+    uniforms: Sequence[float],
+) -> list[int]:
+    """旋钮相同的几行；generated 或都是空的，或都不是。"""
+    longest = max(map(len, generated))
+    if longest and options.repetition_penalty != 1:
+        padded = [row + row[-1:] * (longest - len(row)) for row in generated]
+        logits = apply_repetition_penalty(
+            logits, torch.tensor(padded, device=logits.device), options.repetition_penalty
         )
-        return cache, hidden[:, -1:], pad_mask, lengths
-
-    def _step(
-        self, tokens: list[int], cache: KeyValueCache, positions: Tensor, pad_mask: Tensor | None
-    ) -> Tensor:
-        """每行送入一个 token，给出隐藏状态 (B, 1, C)。"""
-        input_ids = torch.tensor(tokens, device=self.engine.device)[:, None]
-        if pad_mask is None:
-            return self.engine.hidden(input_ids, cache)
-        mask = pad_mask[:, None, None, : cache.length + 1]
-        return self.engine.hidden(input_ids, cache, positions=positions[:, None], mask=mask)
-
-    def _choose(
-        self,
-        logits: Tensor,
-        generated: Sequence[list[int]],
-        options: SamplingOptions,
-        uniforms: Sequence[float],
-    ) -> list[int]:
-        """按旋钮抽出每行的下一个 token；generated 中说完的行不再变长。"""
-        step = max(map(len, generated))
-        logits = logits + (self._forbidden if step else self._forbidden_at_start)
-        if step and options.repetition_penalty != 1:
-            padded = [row + row[-1:] * (step - len(row)) for row in generated]
-            logits = apply_repetition_penalty(
-                logits, torch.tensor(padded, device=logits.device), options.repetition_penalty
-            )
-        if options.no_repeat_ngram_size:
-            logits = ban_repeated_ngrams(logits, generated, options.no_repeat_ngram_size)
-        return draw(*candidate_probs(logits, options), uniforms)
+    if options.no_repeat_ngram_size:
+        logits = ban_repeated_ngrams(logits, generated, options.no_repeat_ngram_size)
+    return draw(*candidate_probs(logits, options), uniforms)
 
 
-def _add_scores(
-    logits: Tensor, chosen: Sequence[int], rows: Sequence[tuple[int, Response]]
-) -> None:
-    """把刚抽到的 token 的对数概率记到各行的回复上；logits 形状 (B, V)。"""
+def _add_scores(logits: Tensor, chosen: Sequence[int], rows: Sequence[tuple[int, Row]]) -> None:
+    """把刚抽到的 token 的对数概率记到要分数的各行上；logits 形状 (N, V)。"""
+    if not rows:
+        return
     token_ids = torch.tensor(chosen, device=logits.device)[:, None]
     log_probs = logits.log_softmax(dim=-1).gather(1, token_ids)[:, 0].tolist()
-    for i, response in rows:
-        response.log_prob_sum += log_probs[i]
-        response.num_scored += 1
-
-
-def score_continuations(
-    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
-) -> list[float]:
-    """每对 (前文, 后文) 里后文的对数概率之和，nat；每批 MAX_ROWS 对，长短相近的排在一起最快。
-
-    Args:
-        engine: 模型。
-        pairs: 前文、后文都至少一个 token，合起来不超过模型的位置数。
-        pad_id: 补齐用的 id；右侧补齐，因果注意力看不到它。
-    """
-    sums: list[float] = []
-    for start in range(0, len(pairs), MAX_ROWS):
-        sums += _score_batch(engine, pairs[start : start + MAX_ROWS], pad_id)
-    return sums
-
-
-@torch.inference_mode()
-def _score_batch(
-    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
-) -> list[float]:
-    rows = [[*prefix, *continuation] for prefix, continuation in pairs]
-    width = max(map(len, rows))
-    padded = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    input_ids = padded[:, :-1].to(engine.device)
-    hidden = engine.hidden(input_ids, engine.new_cache(len(rows), width - 1))
-    sums = []
-    for i, (prefix, continuation) in enumerate(pairs):
-        start = len(prefix) - 1
-        logits = engine.logits(hidden[i : i + 1, start : start + len(continuation)])[0]
-        targets = torch.tensor(continuation, device=engine.device)
-        sums.append(-float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")))
-    return sums
+    for i, row in rows:
+        row.log_prob_sum += log_probs[i]
+        row.num_scored += 1

@@ -1,7 +1,7 @@
 """推理引擎的各层：线性层（int8 或不量化）、Transformer 的一层，以及把它们变成 TorchScript。
 
-形状记号: B 批大小   T 本次送入的 token 数   S 缓存里已有的位置数   C 隐藏宽度
-          H 头数   D 每头宽度   I、O 线性层的输入、输出宽度
+形状记号: B 一组的行数   T 一组每行送入的 token 数   S 缓存里已有的位置数   N 各组 B·T 之和
+          C 隐藏宽度   H 头数   D 每头宽度   I、O 线性层的输入、输出宽度
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class DenseLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """计算 ``x @ weight.T + bias``，形状 (B, T, I) 变成 (B, T, O)。"""
+        """计算 ``x @ weight.T + bias``，形状 (..., I) 变成 (..., O)。"""
         return F.linear(x, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):
     """int8 权重、int8 激活的线性层：权重每个输出一个尺度，激活每行一个尺度，输入输出是 float32。
 
-    激活按行量化，所以一行的结果与同批的其他行无关，成批生成与单独生成一致。
+    激活按行量化，整数乘加没有舍入，所以一行的结果与同批有几行逐位无关，成批生成与单独生成一致。
     整数乘加用 torch 自带的 fbgemm；换一种打包格式只需改这一个类。
     """
 
@@ -70,8 +70,8 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """计算 ``x @ weight.T + bias``，形状 (B, T, I) 变成 (B, T, O)。"""
-        peaks = x.abs().amax(dim=[-1], keepdim=True).clamp_min_(self.tiny)  # (B, T, 1)
+        """计算 ``x @ weight.T + bias``，形状 (..., I) 变成 (..., O)。"""
+        peaks = x.abs().amax(dim=[-1], keepdim=True).clamp_min_(self.tiny)  # (..., 1)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / peaks, 1 / self.limit, self.zero_point, self.packed
         )
@@ -93,33 +93,49 @@ class Block(nn.Module):
         self.activation = activation
         self.num_heads = num_heads
 
-    def forward(self, x: Tensor, slot: Tensor, window: Tensor, mask: Optional[Tensor]) -> Tensor:  # noqa: UP045
-        """送入 T 个新 token 的隐藏状态 (B, T, C)，形状不变。
+    def forward(self, x: Tensor, slots: List[Tensor], windows: List[Tensor]) -> Tensor:  # noqa: UP006
+        """送入各组新 token 的隐藏状态，形状不变。
 
         Args:
-            x: 隐藏状态。
-            slot: 缓存里属于新 token 的部分，会被填入，形状 (2, B, H, T, D)。
-            window: 缓存里看得到的部分，末尾就是 slot，形状 (2, B, H, S+T, D)。
-            mask: 加到注意力分数上，形状 (B, 1, T, S+T)；None 是因果的。
+            x: 各组依次排开，形状 (N, C)，N 是各组 B·T 之和。
+            slots: 每组缓存里属于新 token 的部分，会被填入，形状 (2, B, H, T, D)。
+            windows: 每组缓存里看得到的部分，末尾就是 slot，形状 (2, B, H, S+T, D)。
         """
-        batch_size, num_tokens, _ = x.shape
-        qkv = self.attention_in(self.norm_1(x)).view(batch_size, num_tokens, 3, self.num_heads, -1)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        slot.copy_(qkv[1:])
-        queries, keys, values = qkv[0], window[0], window[1]
-        if num_tokens > 1:
-            attended = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1.0
-            ).transpose(1, 2)  # (B, T, H, D)
-        else:
-            # 只有一个 query 时，CPU 上两次 bmm 比 scaled_dot_product_attention 快。
-            rows = batch_size * self.num_heads
-            scores = torch.bmm(queries.reshape(rows, 1, -1), keys.flatten(0, 1).transpose(1, 2))
-            if mask is not None:
-                scores = (scores.view(batch_size, self.num_heads, 1, -1) + mask).view(rows, 1, -1)
-            attended = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))  # (B·H, 1, D)
-        x = x + self.attention_out(attended.reshape(x.shape))
+        qkv = self.attention_in(self.norm_1(x))  # (N, 3C)
+        attended: List[Tensor] = []  # noqa: UP006
+        start = 0
+        for i, slot in enumerate(slots):
+            batch_size, num_tokens = slot.size(1), slot.size(3)
+            end = start + batch_size * num_tokens
+            part = qkv[start:end].view(batch_size, num_tokens, 3, self.num_heads, -1)
+            part = part.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            slot.copy_(part[1:])
+            attended.append(attend(part[0], windows[i][0], windows[i][1]).reshape(end - start, -1))
+            start = end
+        x = x + self.attention_out(attended[0] if len(attended) == 1 else torch.cat(attended))
         return x + self.mlp_out(self.activation(self.mlp_in(self.norm_2(x))))
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """因果注意力：最后 T 个位置的 query (B, H, T, D) 看各自和之前的键、值 (B, H, S+T, D)。
+
+    Returns:
+        形状 (B, T, H·D)；只有一个 query 时是 (B·H, 1, D)，元素的次序相同。
+    """
+    num_tokens, num_keys = queries.size(2), keys.size(2)
+    if num_tokens == 1:
+        # 只有一个 query 时，CPU 上两次 bmm 比 scaled_dot_product_attention 快。
+        rows = queries.size(0) * queries.size(1)
+        scores = torch.bmm(queries.reshape(rows, 1, -1), keys.flatten(0, 1).transpose(1, 2))
+        return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
+    mask: Optional[Tensor] = None  # noqa: UP045
+    if num_keys > num_tokens:  # is_causal 只会从左上角对齐，缓存里已有的就看不全了
+        visible = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=queries.device)
+        mask = visible.tril(num_keys - num_tokens)
+    attended = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=1.0
+    )
+    return attended.transpose(1, 2).flatten(2)
 
 
 class Blocks(nn.Module):
@@ -131,11 +147,11 @@ class Blocks(nn.Module):
         self.norm = norm
 
     def forward(
-        self, x: Tensor, slots: List[Tensor], windows: List[Tensor], mask: Optional[Tensor]  # noqa: UP006, UP045
+        self, x: Tensor, slots: List[List[Tensor]], windows: List[List[Tensor]]  # noqa: UP006
     ) -> Tensor:  # fmt: skip
-        """各参数同 Block，slots 与 windows 每层一个；返回 (B, T, C)。"""
+        """各参数同 Block，slots 与 windows 每层一个列表；返回 (N, C)。"""
         for i, block in enumerate(self.blocks):
-            x = block(x, slots[i], windows[i], mask)
+            x = block(x, slots[i], windows[i])
         return self.norm(x)
 
 

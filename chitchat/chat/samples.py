@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -19,12 +20,12 @@ def sample_replies(
 ) -> str:
     """用现在的模型回答每段对话的第一句，写成 Markdown；不动用全局随机数。"""
     engine = Engine(model.config.to_dict(), model.state_dict(), device=model.device)
-    bot = Chatbot(engine, tokenizer, seed=0)
+    bot, rng = Chatbot(engine, tokenizer), random.Random(0)
     room = model.config.n_positions // 2
     options = SamplingOptions(max_len=max(1, min(SamplingOptions.max_len, room)))
     lines = []
     for dialogue in dialogues:
         opening = list(itertools.takewhile(lambda token: token != bot.ids.sep, dialogue[1:]))
-        reply, _ = bot.reply([opening], options)
-        lines += [decode_response(tokenizer, opening), f"→ {decode_response(tokenizer, reply)}"]
+        reply = "".join(bot.reply([opening], options, rng))
+        lines += [decode_response(tokenizer, opening), f"→ {reply}"]
     return "\n\n".join(f"- {line}" for line in lines)

@@ -24,7 +24,7 @@ from transformers.generation import SuppressTokensLogitsProcessor, TopKLogitsWar
 from transformers.generation.streamers import BaseStreamer
 
 from chitchat.chat.engine import Engine
-from chitchat.chat.generation import Generator
+from chitchat.chat.generation import Generator, Row
 from chitchat.chat.options import SamplingOptions
 from chitchat.tokens.tokenizer import SpecialIds
 
@@ -87,7 +87,8 @@ def our_loop(model: GPT2LMHeadModel, precision: str) -> Reply:
     generator, options = Generator(engine, IDS, FORBIDDEN), SamplingOptions(max_len=REPLY_LEN)
 
     def reply(context: list[int], tick: Callable[[], None]) -> None:
-        generator.generate([context], options, [random.Random(0)], on_token=lambda _: tick())
+        for _ in generator.tokens(Row(context, options, random.Random(0))):
+            tick()
 
     return reply
 
@@ -309,7 +310,7 @@ def measure_batches(model: GPT2LMHeadModel, num_dialogues: int) -> None:
         start = time.perf_counter()
         for i in range(0, len(rows), size):
             batch = rows[i : i + size]
-            generator.generate(batch, options, [random.Random(0) for _ in batch])
+            generator.generate([Row(context, options, random.Random(0)) for context in batch])
         seconds[size] = (time.perf_counter() - start) / len(rows)
     for size, each in seconds.items():
         print(f"每批 {size:2d} 段：每句 {1000 * each:.0f} ms，快 {seconds[1] / each:.1f} 倍")
@@ -325,8 +326,8 @@ def measure_candidates(rounds: int, model: GPT2LMHeadModel) -> None:
         Engine(model.config.to_dict(), model.state_dict(), precision="int8") for _ in range(2)
     )
     bots = [
-        Chatbot(forward, tokenizer, seed=0),
-        Chatbot(forward, tokenizer, backward_engine=backward, num_candidates=5, seed=0),
+        Chatbot(forward, tokenizer),
+        Chatbot(forward, tokenizer, backward_engine=backward, num_candidates=5),
     ]
     utterance_len = (CONTEXT_LEN - 1) // 3 - 1
     history = torch.randint(104, model.config.vocab_size, (3, utterance_len)).tolist()
@@ -335,7 +336,7 @@ def measure_candidates(rounds: int, model: GPT2LMHeadModel) -> None:
     for round_number in range(-2, rounds):
         for bot, seconds in zip(bots, times, strict=True):
             start = time.perf_counter()
-            bot.reply(history, options)
+            list(bot.reply(history, options, random.Random(0)))
             if round_number >= 0:
                 seconds.append(time.perf_counter() - start)
     plain, ranked = (1000 * percentile(seconds, 0.5) for seconds in times)

@@ -14,12 +14,12 @@ import torch
 
 from chitchat.chat.chatbot import Chatbot
 from chitchat.chat.engine import Engine
-from chitchat.chat.generation import score_continuations
 from chitchat.chat.loading import load_engine
 from chitchat.chat.options import SamplingOptions
+from chitchat.chat.scoring import score_continuations
 from chitchat.checkpoint import load_model_tokenizer
 from chitchat.corpus.reader import read_dialogues
-from chitchat.tokens.tokenizer import decode_response, encode_dialogues, encode_utterances
+from chitchat.tokens.tokenizer import encode_dialogues, encode_utterances
 
 PROMPTS = (
     *("你好", "你是谁", "在干嘛", "今天好累啊", "晚上吃什么好"),
@@ -49,8 +49,8 @@ def mean_loss(engine: Engine, rows: list[list[int]], bot: Chatbot) -> float:
 
 def greedy_reply(bot: Chatbot, prompt: str) -> str:
     history = encode_utterances(bot.tokenizer, [prompt])
-    token_ids, _ = bot.reply(history, SamplingOptions(greedy=True))
-    return decode_response(bot.tokenizer, token_ids)
+    reply = bot.reply(history, SamplingOptions(greedy=True), random.Random(0))
+    return "".join(reply)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@
 
 import argparse
 import itertools
+import random
 import resource
 import statistics
 import tempfile
@@ -19,7 +20,8 @@ from chitchat.chat.chatbot import Chatbot
 from chitchat.chat.engine import MAX_THREADS, choose_precision
 from chitchat.chat.loading import load_engine
 from chitchat.chat.options import SamplingOptions
-from chitchat.chat.repl import Repl, Transcript
+from chitchat.chat.terminal.repl import Repl
+from chitchat.chat.transcript import Transcript
 from chitchat.checkpoint import load_model_tokenizer
 from chitchat.cli import configure_logging
 from chitchat.corpus.reader import read_dialogues
@@ -60,7 +62,7 @@ def main() -> None:
     precision = choose_precision("auto", device)
     loading: Future[Chatbot] = Future()
     loading.set_result(
-        Chatbot(load_engine(args.model_path, precision=precision, device=device), tokenizer, seed=0)
+        Chatbot(load_engine(args.model_path, precision=precision, device=device), tokenizer)
     )
     shown, told = [], []  # 屏幕上的字也留着数一数
     with tempfile.TemporaryDirectory() as directory:
@@ -70,6 +72,7 @@ def main() -> None:
             loading,
             SamplingOptions(max_history_len=args.max_history_len),
             Transcript(Path(directory)),
+            random.Random(0),
             show=lambda piece: shown.append(len(piece)),
             tell=lambda text: told.append(len(text)),
         )

@@ -61,7 +61,7 @@ def measure_cost(
         for history in histories:
             for name, bot in bots.items():
                 start = time.perf_counter()
-                bot.reply(history, options)
+                list(bot.reply(history, options, random.Random(0)))
                 if round_number >= 0:
                     seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -86,14 +86,10 @@ def main() -> None:
         load_engine(path, precision=precision, device=device)
         for path in (args.model_path, args.mmi_model_path)
     )
-    picky = Chatbot(
-        forward, tokenizer, backward_engine=backward, num_candidates=NUM_CANDIDATES, seed=0
-    )
+    picky = Chatbot(forward, tokenizer, backward_engine=backward, num_candidates=NUM_CANDIDATES)
     bots = {
-        "直接回复": Chatbot(forward, tokenizer, seed=0),
-        f"{NUM_CANDIDATES} 个候选": Chatbot(
-            forward, tokenizer, num_candidates=NUM_CANDIDATES, seed=0
-        ),
+        "直接回复": Chatbot(forward, tokenizer),
+        f"{NUM_CANDIDATES} 个候选": Chatbot(forward, tokenizer, num_candidates=NUM_CANDIDATES),
         f"{NUM_CANDIDATES} 个候选加 MMI": picky,
     }
     options = SamplingOptions(temperature=args.temperature)

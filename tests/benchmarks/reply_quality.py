@@ -7,17 +7,18 @@
 """
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
 
 from chitchat.chat.chatbot import Chatbot
-from chitchat.chat.generation import score_continuations
 from chitchat.chat.loading import load_engine
 from chitchat.chat.options import SamplingOptions
+from chitchat.chat.scoring import score_continuations
 from chitchat.checkpoint import load_model_tokenizer
 from chitchat.corpus.reader import read_dialogues
-from chitchat.tokens.tokenizer import decode_response, encode_dialogues, encode_utterances
+from chitchat.tokens.tokenizer import encode_dialogues, encode_utterances
 
 
 def cost_per_character(bot, dialogues):
@@ -36,13 +37,12 @@ def cost_per_character(bot, dialogues):
     return -sum(score_continuations(bot.engine, pairs, bot.ids.pad)) / num_characters
 
 
-def answer_openings(bot, openings, options):
+def answer_openings(bot, openings, options, rng):
     """每句开场白各答一句。"""
     for opening, token_ids in zip(
         openings, encode_utterances(bot.tokenizer, openings), strict=True
     ):
-        reply, _ = bot.reply([token_ids], options)
-        print(f"{opening} → {decode_response(bot.tokenizer, reply)}")
+        print(f"{opening} → {''.join(bot.reply([token_ids], options, rng))}")
 
 
 def main():
@@ -63,13 +63,13 @@ def main():
             load_engine(model_path, precision="fp32", device=torch.device("cpu")),
             load_model_tokenizer(model_path, None),
             num_candidates=args.num_candidates,
-            seed=args.seed,
         )
         costs = [f"{name} {cost_per_character(bot, d):.3f}" for name, d in corpora.items()]
         print(f"{model_path}: {'  '.join(costs)}")
         if args.openings_path:
             openings = args.openings_path.read_text(encoding="utf-8").split("\n")
-            answer_openings(bot, [line for line in openings if line], options)
+            rng = random.Random(args.seed)
+            answer_openings(bot, [line for line in openings if line], options, rng)
 
 
 if __name__ == "__main__":

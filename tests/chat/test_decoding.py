@@ -11,12 +11,14 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from chitchat.chat import whole_files as replies
-from chitchat.chat.chatbot import MAX_ROWS, Chatbot, ResponseStreamer, build_context
+from chitchat.chat.chatbot import Chatbot
+from chitchat.chat.context import TextStream, build_context
 from chitchat.chat.engine import Engine
-from chitchat.chat.generation import score_continuations
+from chitchat.chat.generation import MAX_ROWS, Row
 from chitchat.chat.options import SamplingOptions
-from chitchat.chat.whole_files import answer_file
+from chitchat.chat.scoring import score_continuations
+from chitchat.chat.whole_files import answers as replies
+from chitchat.chat.whole_files.answers import answer_file
 from chitchat.corpus.reader import read_dialogues
 from chitchat.errors import UserError
 from chitchat.tokens.token_table import TokenTable
@@ -41,14 +43,15 @@ def model(make_model):
 def make_bot(model, tokenizer):
     def make(precision: str = "fp32", **options: object) -> Chatbot:
         engine = Engine(model.config.to_dict(), model.state_dict(), precision=precision)
-        return Chatbot(engine, tokenizer, **{"seed": 0, **options})
+        return Chatbot(engine, tokenizer, **options)
 
     return make
 
 
 def generate(bot: Chatbot, contexts, options, seed: int = 0):
-    rngs = [random.Random(seed + i) for i in range(len(contexts))]
-    return [response.token_ids for response in bot.generator.generate(contexts, options, rngs)]
+    rows = [Row(context, options, random.Random(seed + i)) for i, context in enumerate(contexts)]
+    bot.generator.generate(rows)
+    return [row.token_ids for row in rows]
 
 
 IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102)
@@ -112,7 +115,8 @@ def test_special_tokens_are_never_generated_and_replies_are_not_empty(make_bot, 
 
 
 def test_the_same_seed_gives_the_same_reply(make_bot):
-    replies = [make_bot(seed=seed).reply([[110, 111]], SamplingOptions())[0] for seed in (3, 3, 4)]
+    history, options = [[110, 111]], SamplingOptions()
+    replies = ["".join(make_bot().reply(history, options, random.Random(s))) for s in (3, 3, 4)]
     assert replies[0] == replies[1] != replies[2]
 
 
@@ -129,7 +133,7 @@ def test_scores_equal_an_unbatched_loop(model, make_bot):
 
 def test_candidates_are_ranked_by_the_backward_model(make_bot):
     bot = make_bot()
-    bot.num_candidates, bot.backward_engine = 6, bot.engine
+    bot.num_candidates, bot.ranker.backward_engine = 6, bot.engine
     context = [101, 110, 111, 102, 112, 102]
     candidates = bot.rank_candidates(context, SamplingOptions(max_len=6), random.Random(0))
     assert len({tuple(c.token_ids) for c in candidates}) == len(candidates) > 1
@@ -144,7 +148,7 @@ def test_candidates_are_ranked_by_the_backward_model(make_bot):
 
 def test_a_lone_candidate_is_scored_too(make_bot):
     bot = make_bot()
-    bot.num_candidates, bot.backward_engine = 5, bot.engine
+    bot.num_candidates, bot.ranker.backward_engine = 5, bot.engine
     (candidate,) = bot.rank_candidates([101, 110, 102], GREEDY, random.Random(0))
     pair = ([101, *candidate.token_ids, 102], [110, 102])
     expected = score_continuations(bot.engine, [pair], 0)[0] / 2
@@ -154,15 +158,15 @@ def test_a_lone_candidate_is_scored_too(make_bot):
 def test_many_candidates_are_made_a_few_at_a_time(make_bot, monkeypatch):
     """内存只取决于一批有几行，与要几个候选无关。"""
     bot = make_bot()
-    bot.num_candidates, bot.backward_engine = 2 * MAX_ROWS + 3, bot.engine
+    bot.num_candidates, bot.ranker.backward_engine = 2 * MAX_ROWS + 3, bot.engine
     sizes = []
-    hidden = Engine.hidden
+    hidden_groups = Engine.hidden_groups
 
-    def watch(self, input_ids, *args, **kwargs):
-        sizes.append(len(input_ids))
-        return hidden(self, input_ids, *args, **kwargs)
+    def watch(self, groups):
+        sizes.append(sum(len(input_ids) for input_ids, _ in groups))
+        return hidden_groups(self, groups)
 
-    monkeypatch.setattr(Engine, "hidden", watch)
+    monkeypatch.setattr(Engine, "hidden_groups", watch)
     options = SamplingOptions(top_k=0, temperature=50.0, max_len=6)
     candidates = bot.rank_candidates([101, 110, 102], options, random.Random(0))
     assert len({tuple(c.token_ids) for c in candidates}) > 2 * MAX_ROWS
@@ -172,23 +176,17 @@ def test_many_candidates_are_made_a_few_at_a_time(make_bot, monkeypatch):
 
 @pytest.mark.parametrize("text", ["3.14", "it's ok", "www.abc.com", "12.30 hello, a", "你好a.cn"])
 def test_spaces_that_a_later_token_removes_are_not_streamed(text, tokenizer):
-    pieces: list[str] = []
-    streamer = ResponseStreamer(tokenizer, pieces.append)
-    for token_id in encode_utterances(tokenizer, [text])[0]:
-        streamer.put(token_id)
-    streamer.end()
-    assert "".join(pieces) == text
+    stream = TextStream(tokenizer)
+    pieces = [stream.put(token_id) for token_id in encode_utterances(tokenizer, [text])[0]]
+    assert "".join([*pieces, stream.end()]) == text
 
 
 def test_streamed_pieces_add_up_to_the_whole_text(tokenizer):
     rng = random.Random(0)
     for _ in range(200):
         token_ids = [rng.randrange(104, tokenizer.get_vocab_size()) for _ in range(15)]
-        pieces: list[str] = []
-        streamer = ResponseStreamer(tokenizer, pieces.append)
-        for token_id in token_ids:
-            streamer.put(token_id)
-        streamer.end()
+        stream = TextStream(tokenizer)
+        pieces = [*map(stream.put, token_ids), stream.end()]
         assert "".join(pieces) == decode_response(tokenizer, token_ids)
         assert "##" not in "".join(pieces)
 
@@ -306,11 +304,11 @@ def test_the_report_is_about_the_replies_whatever_the_file_is_called(
 
 def test_the_max_len_must_fit_both_models(make_bot, make_model):
     bot, short = make_bot(), make_model(n_positions=40)
-    bot.backward_engine = Engine(short.config.to_dict(), short.state_dict())
+    bot.ranker.backward_engine = Engine(short.config.to_dict(), short.state_dict())
     bot.num_candidates = 3
     bot.check_options(SamplingOptions(max_len=37))
     options = SamplingOptions(top_k=0, temperature=50.0, no_repeat_ngram_size=1, max_len=37)
-    assert bot.reply([[110, 111]], options)[0]
+    assert list(bot.reply([[110, 111]], options, random.Random(0)))
     with pytest.raises(UserError, match=r"38.*40.*37"):
         bot.check_options(SamplingOptions(max_len=38))
 

@@ -1,5 +1,7 @@
 """推理引擎与 transformers 的模型算同一个函数。"""
 
+import itertools
+
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
@@ -37,6 +39,48 @@ def test_logits_equal_transformers_token_by_token(make_model, fields):
     torch.testing.assert_close(
         engine.logits(torch.cat(parts, dim=1)), expected, atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("cuts", [(5, 9), (1, 2), (3,), (11,), (4, 5, 6), (2, 7)])
+def test_several_tokens_on_a_filled_cache_equal_a_full_forward(make_model, cuts):
+    model = make_model(initializer_range=0.5).eval()
+    engine = build(model)
+    input_ids = torch.randint(104, model.config.vocab_size, (2, 12))
+    with torch.inference_mode():
+        expected = model(input_ids).logits
+    whole = engine.logits(engine.hidden(input_ids, engine.new_cache(2, 12)))
+    cache = engine.new_cache(2, 12)
+    borders = [0, *cuts, 12]
+    parts = [engine.hidden(input_ids[:, a:b], cache) for a, b in itertools.pairwise(borders)]
+    logits = engine.logits(torch.cat(parts, dim=1))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_groups_of_any_length_do_not_touch_one_another(make_model, precision):
+    """一组送开头，一组送几个 token，一组送一个：各自与单独送入相同，int8 逐位相同。"""
+    model = make_model(n_embd=64, n_head=4, initializer_range=0.5).eval()
+    engine = build(model, precision)
+    rows = [
+        torch.randint(104, model.config.vocab_size, shape) for shape in [(1, 9), (3, 7), (2, 5)]
+    ]
+    starts = [0, 4, 4]
+    alone, together = [], []
+    for states, is_together in ((alone, False), (together, True)):
+        caches = [engine.new_cache(*row.shape) for row in rows]
+        for row, cache, start in zip(rows, caches, starts, strict=True):
+            if start:
+                engine.hidden(row[:, :start], cache)
+        groups = [(r[:, s:], c) for r, c, s in zip(rows, caches, starts, strict=True)]
+        if is_together:
+            states += engine.hidden_groups(groups)
+        else:
+            states += [engine.hidden(*group) for group in groups]
+    for one, other in zip(alone, together, strict=True):
+        if precision == "int8":
+            assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_int8_linear_is_within_its_rounding_error_and_ignores_the_other_rows():

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import TINY_VOCAB
 
-from chitchat.chat.chatbot import Chatbot, ResponseStreamer
+from chitchat.chat.chatbot import Chatbot
+from chitchat.chat.context import TextStream
 from chitchat.chat.engine import Engine
 from chitchat.chat.options import SamplingOptions
 from chitchat.chat.sampling import apply_repetition_penalty, candidate_probs
 from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import decode_response
 
+RNG = random.Random(0)
 PROBS = [0.4, 0.3, 0.2, 0.1]
 # 旋钮 → 手算的概率；原来的概率是 0.4 0.3 0.2 0.1。
 HAND_COMPUTED = {
@@ -61,15 +64,14 @@ def make_bot(make_bigram_model, tokenizer) -> Callable[..., Chatbot]:
     def make(**next_logits: dict[str, float]) -> Chatbot:
         table = {"[SEP]" if name == "SEP" else name: after for name, after in next_logits.items()}
         model = make_bigram_model(table)
-        return Chatbot(Engine(model.config.to_dict(), model.state_dict()), tokenizer, seed=0)
+        return Chatbot(Engine(model.config.to_dict(), model.state_dict()), tokenizer)
 
     return make
 
 
 def reply(bot: Chatbot, history: str = "你好", **options: object) -> str:
     token_ids = [TINY_VOCAB.index(char) for char in history]
-    response, _ = bot.reply([token_ids], SamplingOptions(**options))
-    return decode_response(bot.tokenizer, response)
+    return "".join(bot.reply([token_ids], SamplingOptions(**options), RNG))
 
 
 def test_penalty_comes_before_top_k(make_bot):
@@ -130,12 +132,9 @@ def test_sampling_follows_the_probabilities(make_bot):
     ],
 )
 def test_only_a_word_that_may_grow_is_held_back(pieces, expected, tokenizer):
-    written: list[str] = []
-    streamer = ResponseStreamer(tokenizer, written.append)
+    stream = TextStream(tokenizer)
     token_ids = [TINY_VOCAB.index(piece) for piece in pieces]
-    for token_id in token_ids:
-        streamer.put(token_id)
-    streamer.end()
+    written = [piece for piece in [*map(stream.put, token_ids), stream.end()] if piece]
     assert written == expected
     assert "".join(written) == decode_response(tokenizer, token_ids)
 
@@ -144,7 +143,7 @@ def test_only_a_word_that_may_grow_is_held_back(pieces, expected, tokenizer):
 def test_context_that_does_not_fit_is_reported(max_len, is_truncated, make_bot):
     history = [[110] * 20, [111] * 20]  # 1 + 21 + 21 = 43，加上 21 正好 64
     options = SamplingOptions(max_len=max_len)
-    assert make_bot(SEP={"早": 80.0}).reply(history, options)[1] is is_truncated
+    assert make_bot(SEP={"早": 80.0}).reply(history, options, RNG).is_truncated is is_truncated
 
 
 def test_reply_longer_than_the_positions_is_refused(make_bot):

@@ -1,6 +1,6 @@
 """采样的每个旋钮：与 transformers 的 processor 比分布，并抽一万次做卡方检验。
 
-先只看采样的函数，再看整个生成：有缓存与没有缓存，单独与成批，成批又分有无补齐。
+先只看采样的函数，再看整个生成：有缓存与没有缓存，单独与成批，成批又分一样长与不一样长。
 """
 
 import random
@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from transformers.generation import logits_process as hf
 
 from chitchat.chat.engine import Engine
-from chitchat.chat.generation import Generator
+from chitchat.chat.generation import Generator, Row
 from chitchat.chat.options import SamplingOptions
 from chitchat.chat.sampling import (
     apply_repetition_penalty,
@@ -136,10 +136,14 @@ class EngineWithoutCache(Engine):
     def new_cache(self, batch_size, max_tokens):
         return Tokens(torch.empty(batch_size, 0, dtype=torch.long))
 
-    def hidden(self, input_ids, cache):
-        cache.input_ids = torch.cat([cache.input_ids, input_ids], dim=1)
-        empty = super().new_cache(*cache.input_ids.shape)
-        return super().hidden(cache.input_ids, empty)[:, -input_ids.size(1) :]
+    def hidden_groups(self, groups):
+        parts = []
+        for input_ids, cache in groups:
+            cache.input_ids = torch.cat([cache.input_ids, input_ids], dim=1)
+            empty = super().new_cache(*cache.input_ids.shape)
+            states = super().hidden_groups([(cache.input_ids, empty)])[0]
+            parts.append(states[:, -input_ids.size(1) :])
+        return parts
 
 
 class Uniforms:
@@ -156,7 +160,7 @@ def peaked_model(make_model):
 
 
 @pytest.mark.parametrize("name", [*KNOBS, *REPLY_KNOBS])
-@pytest.mark.parametrize("way", ["cache", "cache and padding", "no cache"])
+@pytest.mark.parametrize("way", ["cache", "cache and lengths", "no cache"])
 def test_ten_thousand_replies_follow_the_distribution_of_transformers(name, way, peaked_model):
     fields, processors = {**KNOBS, **REPLY_KNOBS}[name]
     options = SamplingOptions(**fields, max_len=3)
@@ -164,14 +168,15 @@ def test_ten_thousand_replies_follow_the_distribution_of_transformers(name, way,
     engine = make_engine(peaked_model.config.to_dict(), peaked_model.state_dict())
     generator = Generator(engine, IDS, FORBIDDEN)
     contexts = [CONTEXT] * NUM_DRAWS
-    if way == "cache and padding":
+    if way == "cache and lengths":
         contexts[-1] = LONGER
     # 前两个 token 各行都一样，第三个才真的随机。
     uniforms = torch.rand(NUM_DRAWS, dtype=torch.double).tolist()
     shared = Uniforms(*[0.3] * NUM_DRAWS, *[0.6] * NUM_DRAWS, *uniforms)
-    responses = generator.generate(contexts, options, [shared] * NUM_DRAWS)
-    replies = [response.token_ids for response in responses]
-    if way == "cache and padding":
+    rows = [Row(context, options, shared) for context in contexts]
+    generator.generate(rows)
+    replies = [row.token_ids for row in rows]
+    if way == "cache and lengths":
         del replies[-1]
     beginning = replies[0][:2]
     assert len(beginning) == 2
@@ -184,5 +189,5 @@ def test_ten_thousand_replies_follow_the_distribution_of_transformers(name, way,
     expected = logits.softmax(dim=-1)[0].double()
     check_drawn_from(expected, [reply[2] if len(reply) > 2 else IDS.sep for reply in replies])
     for i in range(10):  # 单独生成，随机数相同，回复也相同
-        (alone,) = generator.generate([CONTEXT], options, [Uniforms(0.3, 0.6, uniforms[i])])
-        assert alone.token_ids == replies[i]
+        alone = Row(CONTEXT, options, Uniforms(0.3, 0.6, uniforms[i]))
+        assert list(generator.tokens(alone)) == replies[i]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from chitchat.chat.options import KNOBS, SamplingOptions
+from chitchat.chat.transcript import Transcript, split_lines
 from chitchat.errors import UserError
 from chitchat.files import atomic_file
 from chitchat.tokens.tokenizer import decode_response, encode_utterances
@@ -19,6 +19,7 @@ from chitchat.tokens.tokenizer import decode_response, encode_utterances
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from chitchat.chat.candidates import Candidate
     from chitchat.chat.chatbot import Chatbot
 
 HELP = """\
@@ -31,31 +32,8 @@ HELP = """\
 /set            显示各旋钮现在的值
 /set 名字 值    改一个旋钮，例如 /set temperature 0.8
 /quit           结束聊天"""
-LINE_ENDS = re.compile(r"[\r\n]+")
 COMMAND = re.compile(r"/[a-zA-Z_]+(?:\s|\Z)")  # “/微笑”、“/24”之类是普通的话
 MAX_KEPT_UTTERANCES = 1000  # 历史只为 /undo 多留一些，聊多久内存都不涨
-
-
-def split_lines(text: str) -> list[str]:
-    """有字的各行，去掉两端的空白。"""
-    return [line.strip() for line in LINE_ENDS.split(text) if line.strip()]
-
-
-class Transcript:
-    """聊天记录：追加到 sample.txt，每写完一行就交给操作系统，中途被杀也不丢。"""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = (directory / "sample.txt").open("a", encoding="utf-8", buffering=1)
-        self._file.write(f"聊天记录{datetime.datetime.now()}:\n")
-
-    def add(self, speaker: str, text: str) -> None:
-        """记下 ``speaker:text``；一次贴进来的好几行，每行各记一行。"""
-        self._file.write("".join(f"{speaker}:{line}\n" for line in split_lines(text) or [""]))
-
-    def close(self) -> None:
-        """关闭文件。"""
-        self._file.close()
 
 
 class Repl:
@@ -67,6 +45,7 @@ class Repl:
         loading: Future[Chatbot],
         options: SamplingOptions,
         transcript: Transcript,
+        rng: random.Random,
         *,
         show: Callable[[str], None],
         tell: Callable[[str], None],
@@ -79,6 +58,7 @@ class Repl:
             loading: 正在后台读入的模型，第一次要回答时才等它。
             options: 采样的旋钮。
             transcript: 聊天记录。
+            rng: 随机数源。
             show: 原样显示回复的一部分。
             tell: 显示一段说明，自成一行。
             is_debug: 是否列出全部候选。
@@ -87,6 +67,7 @@ class Repl:
         self.loading = loading
         self.options = options
         self.transcript = transcript
+        self._rng = rng
         self._show = show
         self._tell = tell
         self.is_debug = is_debug
@@ -113,17 +94,16 @@ class Repl:
         self._remember(text, encode_utterances(self.tokenizer, [text])[0])
         bot = self.bot  # 模型读不出时，在显示“chatbot:”之前就说
         self._show("chatbot:")
-        response, is_truncated = bot.reply(self.history, self.options, self._show)
+        reply = bot.reply(self.history, self.options, self._rng)
+        for piece in reply:
+            self._show(piece)
         self._show("\n")
-        reply = decode_response(self.tokenizer, response)
-        self.transcript.add("chatbot", reply)
-        self._remember(reply, response)
+        self.transcript.add("chatbot", reply.text)
+        self._remember(reply.text, reply.token_ids)
         if self.is_debug:
-            self._show_candidates()
-        if is_truncated:
-            self._tell(
-                f"（对话太长，模型只有 {self.bot.max_positions} 个位置，这次没有用上最早的部分）"
-            )
+            self._show_candidates(reply.candidates)
+        if reply.is_truncated:
+            self._tell(f"（对话太长，模型只有 {bot.max_positions} 个位置，这次没有用上最早的部分）")
 
     def _remember(self, text: str, token_ids: list[int]) -> None:
         self.history.append(token_ids)
@@ -133,9 +113,9 @@ class Repl:
     def _forget(self, part: slice) -> None:
         del self.history[part], self.texts[part]
 
-    def _show_candidates(self) -> None:
-        """列出上一次的全部候选，选中的在最前。"""
-        for candidate in self.bot.last_candidates:
+    def _show_candidates(self, candidates: Sequence[Candidate]) -> None:
+        """列出全部候选，选中的在最前。"""
+        for candidate in candidates:
             backward = "" if candidate.backward is None else f" 反向 {candidate.backward:7.3f}"
             text = decode_response(self.tokenizer, candidate.token_ids)
             self._tell(f"  正向 {candidate.likelihood:7.3f}{backward}  {text}")
@@ -209,9 +189,9 @@ class Repl:
         knob = KNOBS[name]
         bot = self.bot  # 模型读不出时照样报告，不当作旋钮写错
         try:
-            changed = dataclasses.replace(self.options, **{knob.field: knob.parse(value)})
+            changed = dataclasses.replace(self.options, **{knob.field: knob.read(value)})
             bot.check_options(changed)
-        except (argparse.ArgumentTypeError, UserError) as error:
+        except UserError as error:
             self._tell(f"{name} 没有改：{error}")
             return
         self.options = changed

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from chitchat.chat.candidates import Candidate
 from chitchat.chat.chatbot import Chatbot
-from chitchat.chat.generation import MAX_ROWS, score_continuations
-from chitchat.chat.metrics import build_report, require_sacrebleu
+from chitchat.chat.generation import MAX_ROWS, Row
 from chitchat.chat.options import KNOBS, SamplingOptions
-from chitchat.chat.partial_replies import PartialReplies
+from chitchat.chat.scoring import score_continuations
+from chitchat.chat.whole_files.metrics import build_report, require_sacrebleu
+from chitchat.chat.whole_files.partial_replies import PartialReplies
 from chitchat.errors import UserError
 from chitchat.files import atomic_file, check_writable
 from chitchat.tokens.tokenizer import decode_response, encode_dialogues, encode_utterances
@@ -147,18 +149,20 @@ def answer_batches(
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     order = [i for i in order if i not in done]
     for start in range(0, len(order), MAX_ROWS):
-        rows = order[start : start + MAX_ROWS]
-        rngs = [random.Random(f"{seed}/{i}") for i in rows]
+        batch = order[start : start + MAX_ROWS]
+        rngs = [random.Random(f"{seed}/{i}") for i in batch]
+        replies: list[Row] | list[Candidate]
         if bot.num_candidates > 1:
-            responses = [
+            replies = [
                 bot.rank_candidates(contexts[i], options, rng)[0]
-                for i, rng in zip(rows, rngs, strict=True)
+                for i, rng in zip(batch, rngs, strict=True)
             ]
         else:
-            responses = bot.generator.generate([contexts[i] for i in rows], options, rngs)
+            replies = [Row(contexts[i], options, rng) for i, rng in zip(batch, rngs, strict=True)]
+            bot.generator.generate(replies)
         yield [
-            (i, decode_response(bot.tokenizer, response.token_ids))
-            for i, response in zip(rows, responses, strict=True)
+            (i, decode_response(bot.tokenizer, reply.token_ids))
+            for i, reply in zip(batch, replies, strict=True)
         ]
 
 

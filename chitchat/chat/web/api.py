@@ -1,0 +1,182 @@
+"""各个地址：OpenAI 的 models 和 chat/completions，网页和它要的旋钮，health。"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from chitchat.chat.options import KNOBS, SamplingOptions
+from chitchat.chat.web.answer import Answer
+from chitchat.chat.web.chat_log import ChatLog
+from chitchat.chat.web.choices import open_choices
+from chitchat.chat.web.errors import ApiError
+from chitchat.chat.web.gate import (
+    App,
+    Gate,
+    RequestLog,
+    error_response,
+    read_body,
+)
+from chitchat.chat.web.page import load_page
+from chitchat.chat.web.requests import ChatRequest, parse_chat_request
+from chitchat.chat.web.responses import model_card
+from chitchat.chat.web.scheduler import QueueFullError, Scheduler
+
+if TYPE_CHECKING:
+    from chitchat.chat.chatbot import Chatbot
+
+logger = logging.getLogger(__name__)
+
+MAX_CHOICES = 8
+BODY_SECONDS = 30  # 请求体最多等多久
+RETRY_SECONDS = 2
+
+
+@dataclass
+class Service:
+    """各个地址共用的东西。
+
+    Attributes:
+        bot: 模型。
+        scheduler: 排队和生成。
+        options: 旋钮的默认值，也是回复长度和历史句数的上限。
+        model_id: 模型的名字。
+        rng: 请求没有指定种子时由它给出。
+        chat_log: 聊天记录；None 表示不记。
+    """
+
+    bot: Chatbot
+    scheduler: Scheduler
+    options: SamplingOptions
+    model_id: str
+    rng: random.Random
+    chat_log: ChatLog | None
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+        self.max_choices = min(MAX_CHOICES, self.scheduler.max_rows // self.bot.num_candidates)
+        self._told: set[str] = set()
+
+    async def health(self, request: Request) -> Response:
+        """还在、正在生成几句、排队几句。"""
+        counts = {"running": self.scheduler.num_running, "waiting": self.scheduler.num_waiting}
+        return JSONResponse({"status": "ok", **counts})
+
+    async def list_models(self, request: Request) -> Response:
+        """模型列表，只有一个。"""
+        card = model_card(self.model_id, self.created)
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def show_model(self, request: Request) -> Response:
+        """一个模型。"""
+        name = request.path_params["name"]
+        if name != self.model_id:
+            message = f"没有模型 {name[:60]!r}：这里只有 {self.model_id!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return JSONResponse(model_card(self.model_id, self.created))
+
+    async def list_knobs(self, request: Request) -> Response:
+        """旋钮的表和这里的默认值，网页的滑块照它来。"""
+        knobs = [
+            {
+                "field": knob.field,
+                "description": knob.description,
+                "is_whole": knob.kind is int,
+                "minimum": knob.minimum,
+                "above": knob.above,
+                "maximum": knob.maximum,
+                "default": getattr(self.options, knob.field),
+            }
+            for knob in KNOBS.values()
+        ]
+        settings = {"model": self.model_id, "num_candidates": self.bot.num_candidates}
+        return JSONResponse({**settings, "knobs": knobs})
+
+    async def complete(self, request: Request) -> Response:
+        """回答一次。"""
+        try:
+            body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"请求体 {BODY_SECONDS} 秒还没有来完", code="timeout") from None
+        wanted = parse_chat_request(
+            body, self.options, model_id=self.model_id, max_choices=self.max_choices
+        )
+        self._tell_ignored(wanted)
+        # 一兆字节的话要切分大半秒，不能让别人等
+        choices = await asyncio.to_thread(open_choices, self.bot, wanted, self.rng)
+        for choice in choices:
+            choice.ticket.open()
+        try:
+            self.scheduler.submit([choice.ticket for choice in choices])
+        except QueueFullError:
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            message = "排队的人太多，请稍后再试"
+            raise ApiError(503, message, code="queue_full", headers=headers) from None
+        answer = Answer(
+            wanted,
+            choices,
+            model_id=self.model_id,
+            chat_log=self.chat_log,
+            notes=request.scope["notes"],
+        )
+        return answer if wanted.is_stream else await answer.whole(request)
+
+    def _tell_ignored(self, wanted: ChatRequest) -> None:
+        """没有作用的字段，每种在日志里说一次。"""
+        for name in (name for name in wanted.ignored if name not in self._told):
+            if len(self._told) < 100:
+                self._told.add(name)
+                logger.info("ignored=%s", ascii(name)[1:-1][:60])
+
+
+async def _on_api_error(request: Request, error: ApiError) -> Response:
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    """没有这个地址，或方法不对。"""
+    path = request.url.path[:200]
+    told = {404: f"没有 {path} 这个地址", 405: f"{path} 不能用 {request.method}"}
+    message = told.get(error.status_code, error.detail)
+    return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    logger.error("request failed", exc_info=error)
+    return error_response(ApiError(500, "服务器出了错，请看它的日志", code="internal_error"))
+
+
+def build_app(
+    service: Service, *, hosts: frozenset[str] | None, api_key: str | None, cors: str | None
+) -> App:
+    """各个地址，外面是门、CORS 和日志；参数同 Gate。"""
+    routes = [
+        Route("/", load_page(), methods=["GET"]),
+        Route("/health", service.health, methods=["GET"]),
+        Route("/v1/models", service.list_models, methods=["GET"]),
+        Route("/v1/models/{name:path}", service.show_model, methods=["GET"]),
+        Route("/v1/knobs", service.list_knobs, methods=["GET"]),
+        Route("/v1/chat/completions", service.complete, methods=["POST"]),
+    ]
+    handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_crash}
+    app: App = Starlette(routes=routes, exception_handlers=handlers)
+    app = Gate(app, hosts=hosts, api_key=api_key, cors=cors)
+    if cors is not None:
+        app = CORSMiddleware(
+            app,
+            allow_origins=[cors],
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return RequestLog(app)

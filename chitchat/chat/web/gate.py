@@ -1,0 +1,151 @@
+"""谁可以进来：Host、Origin、钥匙、请求体的大小；每个请求一行日志。都是 ASGI 的外层。"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from chitchat.chat.web.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, object]
+Receive = Callable[[], Awaitable[MutableMapping[str, object]]]
+Send = Callable[[MutableMapping[str, object]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY = 1_000_000  # 字节
+MAX_DRAINED = 8 * MAX_BODY  # 太大的请求体，读到这么多还没有完就关掉连接
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CLIENT_CLOSED = 499  # 对方没等完就走了；日志里的写法与 nginx 相同
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """错误的响应。"""
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+class RequestLog:
+    """每个请求一行日志：地址、状态、秒数，以及里面的人写进 ``scope["notes"]`` 的。"""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """转交里层，看着它的状态。"""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status, notes = time.perf_counter(), [CLIENT_CLOSED], {}
+        scope["notes"] = notes
+
+        async def watch(message: MutableMapping[str, object]) -> None:
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            client = (scope.get("client") or ("-",))[0]
+            extra = "".join(f" {name}={value}" for name, value in notes.items())
+            path = str(scope["path"]).encode("unicode_escape").decode()[:200].replace(" ", "%20")
+            logger.info(
+                "client=%s method=%s path=%s status=%d seconds=%.3f%s",
+                client, scope["method"], path, status[0], time.perf_counter() - start, extra,
+            )  # fmt: skip
+
+
+class Gate:
+    """不该进来的，在门口就说清楚。"""
+
+    def __init__(
+        self, app: App, *, hosts: frozenset[str] | None, api_key: str | None, cors: str | None
+    ) -> None:
+        """准备检查。
+
+        Args:
+            app: 里层。
+            hosts: Host 里可以有的名字；None 表示不限（不在本机，由钥匙把关）。
+            api_key: 钥匙；None 表示不要。
+            cors: 哪个网站的网页可以用，``*`` 是全部；None 表示只有自己的网页。
+        """
+        self._app = app
+        self._hosts = hosts
+        self._api_key = api_key
+        self._cors = cors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """检查过了才转交里层。"""
+        if scope["type"] == "http":
+            try:
+                self._check(Request(scope))
+            except ApiError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, request: Request) -> None:
+        headers = request.headers
+        host = _host_of(headers.get("host", ""))
+        if self._hosts is not None and host not in self._hosts:
+            message = f"Host 是 {host or '空的'!r}：这里只接受 {'、'.join(sorted(self._hosts))}"
+            raise ApiError(421, message, code="wrong_host")
+        self._check_origin(headers)
+        if self._api_key is not None and request.url.path.startswith("/v1/"):
+            given = headers.get("authorization", "")
+            wanted = f"Bearer {self._api_key}"
+            if not secrets.compare_digest(given.encode("latin-1", "replace"), wanted.encode()):
+                found = "不对" if given else "没有给"
+                raise ApiError(
+                    401, f"钥匙{found}：请在 Authorization 里写 Bearer 加上 --api_key 的值",
+                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+                )  # fmt: skip
+
+    def _check_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if origin is None or self._cors in ("*", origin):
+            return
+        if urlsplit(origin).netloc != headers.get("host"):
+            shown = origin[:200]
+            message = f"别处的网页 {shown} 不能用这个服务器：要让它用，启动时加 --cors {shown}"
+            raise ApiError(403, message, code="wrong_origin")
+
+
+def _host_of(header: str) -> str:
+    """Host 里的名字，没有端口和方括号，小写。"""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def read_body(request: Request) -> bytes:
+    """读 JSON 的请求体。
+
+    太大的也读一段再拒绝，只是不留着：客户端多半要写完才肯读回答，不读就关会让它只见到连接断了。
+
+    Raises:
+        ApiError: 类型不对，或太大。
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"Content-Type 应为 application/json，得到 {kind[:60] or '空的'!r}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    body, num_bytes = b"", 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        body = body + part if num_bytes <= MAX_BODY else b""
+        if num_bytes > MAX_DRAINED:
+            break
+    if num_bytes <= MAX_BODY:
+        return body
+    message = f"请求体最多 {MAX_BODY} 字节"
+    raise ApiError(413, message, code="request_too_large", headers={"Connection": "close"})

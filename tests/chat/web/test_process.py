@@ -1,0 +1,167 @@
+"""真的进程：占住端口、信号、kill -9、启动时就看得出的错。"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from conftest import ROOT
+
+import interact
+from chitchat.chat.web.server import open_socket
+from chitchat.checkpoint import save_checkpoint
+from chitchat.cli import run_cli
+
+LONG = {"temperature": 9, "top_k": 0, "max_tokens": 900, "stream": True}
+
+
+@pytest.fixture
+def model_dir(tmp_path, make_model, tokenizer) -> Path:
+    """慢得来得及打断：一千个位置，随机的话。"""
+    model = make_model(n_embd=256, n_layer=8, n_head=4, n_positions=1024)
+    save_checkpoint(tmp_path / "m", model, tokenizer)
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def start(model_dir):
+    """开一个服务器进程；结束时杀掉。"""
+    processes = []
+
+    def run(*options: str) -> tuple[subprocess.Popen, int]:
+        command = [sys.executable, str(ROOT / "interact.py"), "--no_cuda", "--model_path"]
+        settings = [str(model_dir), "--web", "--port", "0", "--max_len", "900", "--seed", "1"]
+        process = subprocess.Popen(
+            [*command, *settings, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        processes.append(process)
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        assert found, process.communicate()[1]
+        return process, int(found.group(1))
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ask(port: int, **fields: object) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = json.dumps({"messages": [{"role": "user", "content": "你好"}], **fields})
+    connection.request(
+        "POST", "/v1/chat/completions", body.encode(), {"Content-Type": "application/json"}
+    )
+    return connection.getresponse()
+
+
+def test_signals_a_second_server_and_kill(start, model_dir, capsys):
+    process, port = start()
+    assert ask(port, max_tokens=5).status == 200
+    finished = [path.read_text(encoding="utf-8") for path in Path("sample/web").iterdir()]
+    assert re.fullmatch(r"聊天记录.*:\nuser:你好\nchatbot:.*\n", finished[0])
+
+    with pytest.raises(SystemExit) as stop:  # 同一个端口
+        run_cli(
+            lambda: interact.main(
+                ["--no_cuda", "--model_path", str(model_dir), "--web", "--port", str(port)]
+            )
+        )
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert str(port) in err
+    assert "--port" in err
+
+    response = ask(port, **LONG)  # 正在说
+    response.read(2000)
+    process.send_signal(signal.SIGTERM)
+    whole = response.read()
+    assert whole.endswith(b"data: [DONE]\n\n")
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read() == ""
+    assert Path(next(Path("sample/web").iterdir())).read_text().startswith(finished[0])
+
+    process, port = start()  # 说到一半被杀
+    before = next(Path("sample/web").iterdir()).read_text()
+    assert ask(port, max_tokens=5).read()
+    response = ask(port, **LONG)
+    response.read(2000)
+    process.kill()
+    after = next(Path("sample/web").iterdir()).read_text()
+    assert re.fullmatch(r"聊天记录.*:\nuser:你好\nchatbot:.*\n", after.removeprefix(before))
+
+
+def test_ctrl_c_ends_with_0_and_without_a_log_nothing_is_written(start):
+    process, port = start("--no_chat_log")
+    assert ask(port, max_tokens=5).status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read() == ""
+    assert not Path("sample").exists()
+
+
+def no_starlette(monkeypatch):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--host", "0.0.0.0"], ["0.0.0.0", "--api_key"]),
+        (["--host", "::"], ["--api_key"]),
+        (["--host", "no.such.host.invalid", "--api_key", "k"], ["no.such.host.invalid", "--host"]),
+        (["--host", "192.0.2.1", "--api_key", "k"], ["192.0.2.1", "--port"]),
+        (["--api_key", ""], ["--api_key"]),
+        (["--api_key", "钥匙"], ["--api_key", "ASCII"]),
+        (["--cors", "localhost:3000"], ["--cors", "http://"]),
+        (["--cors", "http://a/b"], ["--cors", "http://"]),
+        (["--port", "65536"], ["--port", "65535"]),
+        (["--num_candidates", "33"], ["--num_candidates", "32"]),
+        (["--input_path", "a.txt", "--output_path", "b.txt"], ["--web", "--input_path"]),
+        (no_starlette, ["pip install starlette uvicorn"]),
+    ],
+)
+def test_wrong_use_is_refused_with_a_sentence(options, named, model_dir, capsys, monkeypatch):
+    Path("a.txt").write_text("你好\n", encoding="utf-8")
+    if callable(options):
+        options(monkeypatch)
+        options = []
+    command = ["--no_cuda", "--model_path", str(model_dir), "--web", "--max_len", "9", *options]
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: interact.main(command))
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    for name in named:
+        assert name in err
+
+
+@pytest.mark.parametrize("flag", [["--api_key", "k"], ["--cors", "*"]])
+def test_flags_of_the_server_need_web(flag, model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: interact.main(["--model_path", str(model_dir), "--max_len", "9", *flag]))
+    assert stop.value.code == 2
+    assert "--web" in capsys.readouterr().err
+
+
+def test_the_port_takes_connections_as_soon_as_it_is_held():
+    """读模型时来的连接等着，不被拒绝。"""
+    with open_socket("127.0.0.1", 0) as listener:
+        socket.create_connection(listener.getsockname(), timeout=5).close()
