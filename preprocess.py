@@ -170,8 +170,18 @@ class Corpus:
                 position = max(position, new)
                 bar.update(min(size, finished + position) - bar.n)
 
-            yield from read_source(source, self.options, self.tallies[-1], report)
+            yield from self._read_one(source, self.tallies[-1], report)
             finished += position
+
+    def _read_one(self, source: Source, tally: Tally, report: Callable) -> Iterator[Dialogue]:
+        """文件夹里的一个文件一段对话也读不出、又不是指名要读的，就跳过，记下为什么。"""
+        try:
+            yield from read_source(source, self.options, tally, report)
+        except UserError as error:
+            if source.is_listed or tally.num_dialogues or len(self.sources) == 1:
+                raise
+            tally.skipped = str(error).removeprefix(f"{source.name}：")
+            tally.warnings.append(f"{source.name} 没有读：{tally.skipped}")
 
     def summary(self) -> list[str]:
         """每个来源当作了什么、凭什么，聊天记录里留下和没有留下的各有多少。"""

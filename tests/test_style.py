@@ -21,7 +21,7 @@ PURE_CALLS = {
     *("set", "frozenset", "tuple", "list", "dict", "float", "int", "range", "len", "field"),
     *(
         "chr",
-        *("enumerate", "maketrans", "map", "sorted", "escape", "fromkeys", "ord"),
+        *("enumerate", "_any_of", "map", "sorted", "escape", "fromkeys", "ord"),
         "isupper",
         "bounded",
         "getLogger",

@@ -37,10 +37,10 @@ class LogOptions:
 
 @dataclass
 class _Turn:
-    """一个人接连说的话，已接成一句。"""
+    """一个人接连说的话。"""
 
     speaker: int
-    text: str
+    texts: list[str]
     line: int
 
 
@@ -70,7 +70,7 @@ def build_dialogues(
                 found = _alternate(turns, store.speakers_called(options.reply_speaker))
                 tally.num_unanswered += len(turns) - len(found)
             if len(found) > 1:
-                yield [turn.text for turn in found], [turn.line for turn in found]
+                yield [join_messages(turn.texts) for turn in found], [turn.line for turn in found]
             else:
                 tally.num_alone += len(turns) == 1
 
@@ -83,9 +83,9 @@ def _alternate(turns: list[_Turn], wanted: set[int]) -> list[_Turn]:
         if not sides and side:
             continue
         if sides and sides[-1].speaker == side:
-            sides[-1].text = join_messages([sides[-1].text, turn.text])
+            sides[-1].texts += turn.texts
         else:
-            sides.append(_Turn(side, turn.text, turn.line))
+            sides.append(_Turn(side, turn.texts, turn.line))
     if sides and not sides[-1].speaker:
         sides.pop()
     return sides
@@ -115,6 +115,11 @@ class _Store:
             " VALUES (?, ?, ?, ?, ?, ?)",
             self._rows(messages, options, tally, order),
         )
+        if 2 * tally.num_untimed > sum(tally.speakers.values()):
+            tally.warnings.append(
+                f"{tally.num_untimed:,} 条消息没有时间或时间读不懂，不能按沉默分段："
+                "请导出带完整日期和时间的记录，或用 --time_column 指定时间的列"
+            )
         self.column = "day_first" if order.is_day_first() else "month_first"
         reading = order.readings[self.column]
         tally.num_chats = len(self.chats)
@@ -139,14 +144,16 @@ class _Store:
                 tally.left_out[reason or "链接卡片"] += 1
                 continue
             chat = self.chats.setdefault(message.chat, len(self.chats))
-            key = (message.speaker, message.is_me)
+            # 自己总是同一个人：有的导出里，自己的那些行写的是对方的账号。
+            key = (ME if message.is_me else message.speaker, message.is_me)
             speaker = self.speakers.setdefault(key, len(self.speakers))
             for name in (message.speaker, message.name, ME if message.is_me else ""):
                 if name:
                     self.names.setdefault(name, set()).add(speaker)
+            key = (message.speaker, message.is_me)
             tally.speakers[key] += 1
-            tally.names[key] = message.name or message.speaker
-            tally.num_untimed += not message.times
+            tally.names[key] = message.name or tally.names.get(key) or message.speaker
+            tally.num_untimed += not any(time is not None for time in message.times)
             yield (chat, speaker, *order.add(chat, message.times), text, message.line)
 
     def speakers_called(self, name: str) -> set[int]:
@@ -154,7 +161,7 @@ class _Store:
         return self.names.get(name, set())
 
     def sessions(self, options: LogOptions) -> Iterator[list[_Turn]]:
-        """按聊天和时刻给出各段，同一人接连的消息已接成一句。"""
+        """按聊天和时刻给出各段，同一人接连的消息在一处。"""
         rows = self.database.execute(
             f"SELECT chat, speaker, {self.column}, text, line FROM messages"
             f" ORDER BY chat, {self.column},"
@@ -170,9 +177,9 @@ class _Store:
                 yield turns
                 turns, is_same = [], False
             if is_same:
-                turns[-1].text = join_messages([turns[-1].text, text])
+                turns[-1].texts.append(text)
             else:
-                turns.append(_Turn(speaker, text, line))
+                turns.append(_Turn(speaker, [text], line))
             last_chat, last_time = chat, time
         if turns:
             yield turns

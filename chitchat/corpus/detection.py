@@ -10,12 +10,13 @@ from chitchat.corpus.formats.chatlab import CHATLAB
 from chitchat.corpus.formats.discord import DISCORD
 from chitchat.corpus.formats.json_dialogues import JSON
 from chitchat.corpus.formats.line import LINE
-from chitchat.corpus.formats.plain import CONV, ROWS, SCRIPT, TEXT, YAML
+from chitchat.corpus.formats.plain import CONV, ROWS, SCRIPT, TEXT, YAML, has_labels
 from chitchat.corpus.formats.qq import QQ
 from chitchat.corpus.formats.tables import TABLE
 from chitchat.corpus.formats.telegram import TELEGRAM
 from chitchat.corpus.formats.wechat import WECHAT
 from chitchat.corpus.formats.whatsapp import WHATSAPP
+from chitchat.corpus.times import parse_times
 from chitchat.errors import UserError
 
 # 次序要紧：前面的写法更特别。WhatsApp 的一行 QQ 也认得，所以在它之前。
@@ -38,10 +39,16 @@ FORMATS: dict[str, Format] = {
 ALIASES = {"jsonl": "json", "xlsx": "csv"}
 FORMAT_NAMES = (*FORMATS, *ALIASES)
 
-_STARTS_WITH_TIME = re.compile(
-    r"\W{0,3}\S{0,12}?[\s\[(（:：]{0,2}"
-    r"(?:\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|\d{1,2}[:：]\d{2}(?:[:：]\d{2})?\b)"
+_DATE = (
+    r"(?:\d{4}[-/.年] ?\d{1,2}[-/.月] ?\d{1,2}|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}"
+    r"|\d{1,2}月\d{1,2}日|\d{2}-\d{2} )"
 )
+_CLOCK = r"\d{1,2}[:：]\d{2}(?:[:：]\d{2})?(?!\d)"
+_TIMED = re.compile(
+    rf"\W{{0,3}}\S{{0,12}}?[\s\[(（:：]{{0,2}}(?:{_DATE}|{_CLOCK})|.{{0,40}}{_DATE}.{{0,8}}{_CLOCK}\W?\Z"
+)
+_NAME_ONLY = re.compile(r"\S[^，。！？]{0,29}[:：]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _SEPARATOR = re.compile(r"([-=*_#~—])\1{2,}")
 
 
@@ -67,21 +74,54 @@ def detect_format(head: Head) -> Detected:
     """
     for name, found in FORMATS.items():
         if why := found.recognise(head):
-            return Detected(name, why, [])
+            return Detected(name, why, _doubts_of_rows(head) if name == "tsv" else [])
     return Detected("text", "一行一句", _doubts(head))
 
 
-def _doubts(head: Head) -> list[str]:
-    """当作一行一句的文本之前，看看像不像：带时间的拒绝，其余只提醒。"""
-    lines = head.lines
-    timed = [line for line in lines if _STARTS_WITH_TIME.match(line)]
-    if len(timed) >= 3 and len(timed) >= 0.25 * len(lines):
-        labels = "、".join(name for name in FORMATS if name != "text")
+def _doubts_of_rows(head: Head) -> list[str]:
+    """当作一行一段、以 TAB 分隔之前，看看第一格是不是话。
+
+    Raises:
+        UserError: 各行都有一格是时间。
+    """
+    rows = [[cell.strip() for cell in line.split("\t")] for line in head.lines[:200]]
+    rows = [row for row in rows if len(row) > 1]
+    timed = [row for row in rows if any(parse_times(cell) for cell in row[:3])]
+    if len(rows) > 1 and len(timed) >= 0.8 * len(rows):
         raise UserError(
-            f"像是聊天记录或带时间的文本（开头 {len(lines)} 行里有 {len(timed)} 行带时间，"
-            f"如 {timed[0][:30]!r}），但不是认得的种类：认得 {labels}，可用 --format 指定其中之一；"
-            "确实是一行一句、空行分隔的文本，就用 --format text"
+            f"各行都有一格是时间（如 {timed[0][0]!r}），像是没有表头的聊天记录："
+            "请在第一行写上列名（time、sender、content，以 TAB 隔开），另存为 .csv"
         )
+    first = [row[0] for row in rows]
+    if len(first) > 5 and not has_labels(head.lines):
+        if all(re.fullmatch(r"[\d.]+", cell) for cell in first):
+            return [f"各行第一格都是数（如 {first[0]}），会当作一句话训练：若是编号，请去掉这一列"]
+        if 3 * len(set(first)) < len(first) and all(len(cell) < 12 for cell in first):
+            return [f"各行第一格总是那几个（如 {first[0]}），会当作一句话训练：若是说话人，请去掉"]
+    return []
+
+
+def _doubts(head: Head) -> list[str]:
+    """当作一行一句的文本之前，看看像不像：带时间、带名字的拒绝，其余只提醒。
+
+    Raises:
+        UserError: 像是聊天记录，或不是文字。
+    """
+    lines = head.lines
+    if 3 * len(_CONTROL.findall(head.text)) > len(head.text) > 0:
+        raise UserError("多半是控制字符，不是文字：请换成文本文件")
+    timed = [line for line in lines if _TIMED.match(line)]
+    named = [line for line in lines if _NAME_ONLY.fullmatch(line)]
+    is_named = len(named) >= 4 and 2 * len(set(named)) <= len(named)
+    for kind, found in (("带时间", timed), ("只有名字和冒号", named if is_named else [])):
+        if len(found) >= 3 and len(found) >= 0.25 * len(lines):
+            labels = "、".join(name for name in FORMATS if name != "text")
+            raise UserError(
+                f"像是聊天记录或带时间的文本（开头 {len(lines)} 行里有 {len(found)} 行{kind}，"
+                f"如 {found[0][:30]!r}），但不是认得的种类：认得 {labels}，"
+                "可用 --format 指定其中之一；从聊天窗口复制的，请改用导出工具；"
+                "确实是一行一句、空行分隔的文本，就用 --format text"
+            )
     separators = [line for line in lines if _SEPARATOR.fullmatch(line)]
     if len(separators) > 1:
         return [f"有 {separators[0][:12]} 这样的分隔线，会当作一句话训练：请换成空行"]

@@ -5,17 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-_FULL_WIDTH = {0xFEE0 + ord(char): char for char in "0123456789-"}
-_MAYBE = re.compile(r"\d{3}|@|https?:|www\.", re.IGNORECASE)  # \d 也认全角
-_LINK = re.compile(r"(?:https?://|www\.)[^\s\u4e00-\u9fff，。！？；、）】》]+", re.IGNORECASE)
-_EMAIL = re.compile(r"[A-Za-z0-9][\w.+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+", re.ASCII)
-_IDENTITY = re.compile(r"(?<!\d)\d{6}(?:18|19|20)\d{2}[01]\d[0-3]\d{4}[\dXx](?!\d)", re.ASCII)
+_FULL_WIDTH = {0xFEE0 + ord(char): char for char in "0123456789-@"}
+_MAYBE = re.compile(
+    r"\d{3}|[@\uff20]|https?:|www\.|\.(?:com|cn|net)\b", re.IGNORECASE
+)  # \d 也认全角
+_LINK = re.compile(
+    r"(?:https?://|www\.|(?<![\w.@-])[a-z0-9-]{1,40}(?:\.[a-z0-9-]{1,40}){0,3}\.(?:com|cn|net|org|cc|me)/)"
+    r"[^\s\u4e00-\u9fff，。！？；、）】》]*",
+    re.IGNORECASE | re.ASCII,
+)
+_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+", re.ASCII)
+_IDENTITY = re.compile(r"(?<!\d)\d{6} ?(?:18|19|20)\d{2}[01]\d[0-3]\d ?\d{3}[\dXx](?!\d)", re.ASCII)
 _BANK_CARD = re.compile(
     r"(?<!\d)\d{4}[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}(?:[ -]?\d{1,3})?(?!\d)", re.ASCII
 )
 _PHONE = re.compile(
-    r"(?<!\d)(?:(?:\+|00)?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)"
-    r"|(?<!\d)0\d{2,3}-\d{7,8}(?!\d)|(?<!\d)400[ -]?\d{3}[ -]?\d{4}(?!\d)",
+    r"(?<!\d)(?:(?:\+|00)?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?!\d)"  # 大陆手机
+    r"|(?<!\d)09\d{2}[ -]?\d{3}[ -]?\d{3}(?!\d)"  # 台湾手机
+    r"|\+\d{1,3}[ -]\d{2,4}(?:[ -]?\d{3,4}){1,3}(?!\d)"  # 带国际区号
+    r"|(?<!\d)(?:0\d{2,3}[ -]?|\(0\d{2,3}\) ?)\d{7,8}(?!\d)|(?<!\d)400[ -]?\d{3}[ -]?\d{4}(?!\d)",
     re.ASCII,
 )
 

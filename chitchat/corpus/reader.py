@@ -100,11 +100,11 @@ def _check_layout(source: Source, options: ReadOptions, tally: Tally) -> None:
     Raises:
         UserError: 整个文件成了一段很长的对话，而格式是猜的。
     """
-    if tally.format != "text":
+    if tally.is_log:
         return
     if tally.num_dialogues == 1 and tally.num_utterances > ONE_DIALOGUE:
-        problem = f"没有空行，{tally.num_utterances:,} 句成了一段对话"
-        if options.format == "auto":
+        problem = f"没有分段，{tally.num_utterances:,} 句成了一段对话"
+        if options.format == "auto" and tally.format == "text":
             raise UserError(
                 f"{source.name} {problem}：请在各段对话之间加一个空行；每行本来就是一段、"
                 "各句以 TAB 分隔，就用 --format tsv；确实只有一段，就用 --format text"

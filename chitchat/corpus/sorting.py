@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -23,3 +24,24 @@ def temporary_database(*statements: str) -> Iterator[sqlite3.Connection]:
             for statement in (*(f"PRAGMA {setting}" for setting in settings), *statements, "BEGIN"):
                 database.execute(statement)
             yield database
+
+
+def group_rows(rows: Iterable[tuple[str, str, int]]) -> Iterator[tuple[list[str], list[int]]]:
+    """编号相同的各行归到一起，不必相邻；编号第一次出现的次序就是各组的次序。
+
+    Args:
+        rows: 编号、文字、行号。
+
+    Yields:
+        一组的各句，以及它们的行号。
+    """
+    numbers: dict[str, int] = {}
+    with temporary_database("CREATE TABLE rows (number, text, line)") as database:
+        database.executemany(
+            "INSERT INTO rows VALUES (?, ?, ?)",
+            ((numbers.setdefault(key, len(numbers)), text, line) for key, text, line in rows),
+        )
+        ordered = database.execute("SELECT * FROM rows ORDER BY number, rowid")
+        for _, group in itertools.groupby(ordered, lambda row: row[0]):
+            found = list(group)
+            yield [row[1] for row in found], [row[2] for row in found]

@@ -30,6 +30,11 @@ _SPOOLED: set[Path] = set()  # 标准输入存成的临时文件
 _LABELS = {"big5hkscs": "BIG5", "cp932": "SHIFT-JIS"}
 
 
+def encoding_label(name: str) -> str:
+    """Python 的编码名 → 给人看的名字。"""
+    return _LABELS.get(name, name).removesuffix("-sig").upper()
+
+
 @dataclass(frozen=True)
 class Source:
     """一个要读的文件，或压缩包里的一个文件。
@@ -40,6 +45,7 @@ class Source:
         suffix: 去掉压缩后缀之后的后缀，小写。
         encoding: Python 的编码名。
         open_bytes: 从头打开，给出解压后的字节；参数是已打开的 ``path``。
+        is_listed: 用户指名的；在文件夹里找到的不是，其中可以有与对话无关的文件。
     """
 
     path: Path
@@ -47,6 +53,7 @@ class Source:
     suffix: str
     encoding: str
     open_bytes: Callable[[BinaryIO], BinaryIO]
+    is_listed: bool = True
 
     @contextlib.contextmanager
     def open(self, report: Callable[[int], None] = lambda position: None) -> Iterator[TextIO]:
@@ -65,6 +72,11 @@ class Source:
                     yield text
         except UnicodeDecodeError as error:
             raise UserError(self._describe_bad_byte()) from error
+        except UnicodeError as error:  # 没有 BOM 的 UTF-16、UTF-32
+            raise UserError(
+                f"{self.name} 不是 {self.encoding.upper()}（{error}）："
+                "请去掉 --encoding，或改成真正的编码"
+            ) from error
         except BAD_ARCHIVE as error:
             raise UserError(
                 f"{self.name} 没有压缩完整（{error}）：请重新下载或解压后再试"
@@ -82,9 +94,8 @@ class Source:
         with self.path.open("rb") as raw:
             text = io.TextIOWrapper(self.open_bytes(raw), self.encoding, errors="chitchat.mark")
             number = next(n for n, line in enumerate(text, 1) if _MARK in line)
-        label = self.encoding.removesuffix("-sig")
         return (
-            f"{self.name} 第 {number} 行不是 {_LABELS.get(label, label).upper()}："
+            f"{self.name} 第 {number} 行不是 {encoding_label(self.encoding)}："
             f"有字节 0x{bad_bytes[0]:02X}；整个文件是别的编码就用 --encoding 指定"
             "（如 gb18030、big5），只有几行不是，是两种编码混在了一起，请分开存成 UTF-8"
         )
@@ -126,11 +137,11 @@ def find_sources(paths: Sequence[Path], encoding: str = "auto") -> list[Source]:
             raise UserError(
                 f"--encoding {encoding} 不是文字编码的名字；可用 utf-8、utf-16、gb18030、big5 等"
             )
-    files = [file for path in paths for file in _expand(path)]
-    return [source for file in files for source in _open(file, encoding)]
+    files = [(file, not path.is_dir()) for path in paths for file in _expand(path)]
+    return [source for file, listed in files for source in _open(file, encoding, listed)]
 
 
-def _open(path: Path, encoding: str) -> Iterator[Source]:
+def _open(path: Path, encoding: str, is_listed: bool) -> Iterator[Source]:
     for part in open_container(path):
         if path in _SPOOLED:
             part = part._replace(name=part.name.replace(str(path), "标准输入"))
@@ -139,7 +150,7 @@ def _open(path: Path, encoding: str) -> Iterator[Source]:
             chosen = _detect(path, part.name, part.open_bytes)
         elif codecs.lookup(encoding).name == "utf-8":
             chosen = "utf-8-sig"
-        yield Source(path, part.name, part.suffix, chosen, part.open_bytes)
+        yield Source(path, part.name, part.suffix, chosen, part.open_bytes, is_listed)
 
 
 def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -> str:
@@ -154,7 +165,7 @@ def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -
                 )
             if number:
                 raise UserError(
-                    f"{name} 里两种编码混在一起：大部分像 {_LABELS.get(found, found).upper()}，"
+                    f"{name} 里两种编码混在一起：大部分像 {encoding_label(found)}，"
                     f"第 {number} 行却是 UTF-8；请分开存成 UTF-8，或用 --encoding 指定其中一种"
                 )
     except (*BAD_ARCHIVE, OSError, NotImplementedError, RuntimeError) as error:
@@ -191,7 +202,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if file.name == "manifest.json" and (chunks := chunk_paths(file)):
             parts.update(chunks, [file.parent / "avatars.json"])
-        if file.suffix.lower() in (*TEXT_SUFFIXES, *PACKED_SUFFIXES):
+        is_about = file.stem.lower() in ("readme", "license", "说明", "使用说明")
+        if file.suffix.lower() in (*TEXT_SUFFIXES, *PACKED_SUFFIXES) and not is_about:
             yield file
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from chitchat.corpus.sources import Source
+from chitchat.corpus.sources import Source, encoding_label
 
 _NEWLINES = {"\n": "LF", "\r\n": "CRLF", "\r": "CR"}
 
@@ -34,6 +34,7 @@ class Tally:
         cleaned: --clean 去掉的，规则 → 句数。
         num_dialogues, num_utterances: 给出的对话数、句数。
         warnings: 可疑的地方，给用户看的句子。
+        skipped: 文件夹里与对话无关、没有读的文件，为什么；空串表示读了。
     """
 
     format: str = ""
@@ -55,6 +56,7 @@ class Tally:
     num_dialogues: int = 0
     num_utterances: int = 0
     warnings: list[str] = field(default_factory=list)
+    skipped: str = ""
 
     def lines(self) -> list[str]:
         """给用户看的各行。"""
@@ -91,9 +93,11 @@ class Tally:
             )
             return f"{self.num_messages:,} 条消息都不是话（{reasons}）：请导出含文字消息的聊天"
         if self.num_unanswered:
+            has_me = any(is_me for _, is_me in self.speakers)
+            hint = "" if has_me else "，不能写 me：记录里没有标出是谁导出的"
             return (
                 f"{kept:,} 条消息里没有 --reply_speaker 所指的人答别人的话："
-                "请用 --list_speakers 看看有谁"
+                f"请用 --list_speakers 看看有谁{hint}"
             )
         if not any(account or is_me for account, is_me in self.speakers):
             return (
@@ -113,10 +117,12 @@ class Tally:
 
 def describe_source(source: Source, tally: Tally) -> list[str]:
     """一个来源当作了什么、凭什么、什么编码；聊天记录另有几行数目。"""
-    label = source.encoding.removesuffix("-sig").upper()
+    if tally.skipped:
+        return [f"{source.name}：没有读（{tally.skipped}）"]
     ends = "、".join(_NEWLINES[end] for end in tally.newlines) or "没有"
     mixed = "（混用，不影响读取）" if len(tally.newlines) > 1 else ""
-    first = f"{source.name}：当作 {tally.format}（{tally.why}），{label} 编码，{ends} 换行{mixed}，"
+    first = f"{source.name}：当作 {tally.format}（{tally.why}），"
+    first += f"{encoding_label(source.encoding)} 编码，{ends} 换行{mixed}，"
     first += f"{tally.num_dialogues:,} 段对话"
     return [first, *(f"    {line}" for line in tally.lines())]
 

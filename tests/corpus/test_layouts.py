@@ -219,6 +219,9 @@ def test_text_with_a_nul_is_utf8_and_mixed_encodings_are_refused(tmp_path):
         ("\n".join(f"2026-01-02 20:{i:02} 某人说了 {i}" for i in range(40)), "--format text"),
         ("\n".join(f"[20:{i:02}] 张三> 你好 {i}" for i in range(40)), "聊天记录"),
         ("一句话\n" * 300, "空行"),
+        ("小明:\n你好\n\n我:\n在\n\n" * 9, "名字和冒号"),
+        ("小明: 01-02 20:15:30\n你好\n\n我: 01-02 20:16:30\n在\n\n" * 9, "聊天记录"),
+        ("小明 1月2日 20:15\n你好\n\n我 1月2日 20:16\n在\n\n" * 9, "聊天记录"),
     ],
 )
 def test_suspicious_layout_is_refused_and_can_be_forced(text, words, tmp_path):
@@ -226,7 +229,7 @@ def test_suspicious_layout_is_refused_and_can_be_forced(text, words, tmp_path):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=words):
         read(path)
-    assert len(read(path, format="text")) == 1
+    assert read(path, format="text")
 
 
 def test_doubtful_layout_is_warned_about(tmp_path, capsys):
@@ -323,3 +326,39 @@ def test_random_bytes_give_dialogues_or_one_sentence(suffix, data, tmp_path_fact
         read(path)
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", 'time,sender,content\n2026-01-02 20:15,a,"呵呵\n2026-01-02 20:16,b,"在"\n',
+         "第 2 行起"),
+        ("a.json", '{"a":1', "不完整"),
+        ("a.txt", "2024-01-02 20:15:30\t小明\t你好\n2024-01-02 20:16:30\t我\t在\n", "列名"),
+        ("a.txt", "\x01\x02\x03\x04", "控制字符"),
+    ],
+)  # fmt: skip
+def test_further_broken_files_are_explained(name, text, words, tmp_path):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        read(path)
+    path.write_text("你好\n在\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--encoding"):
+        list(read_source(find_sources([path], "utf-16")[0], ReadOptions()))
+
+
+def test_a_folder_may_hold_files_without_dialogues(tmp_path, capsys):
+    folder = tmp_path / "导出"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "README.txt").write_text("怎样使用", encoding="utf-8")
+    (folder / "export_info.json").write_text('{"version": 1, "count": 3}', encoding="utf-8")
+    (folder / "contacts.csv").write_text("wxid,昵称,备注\nx,小明,同学\n", encoding="utf-8")
+    options = ["--save_path", str(tmp_path / "t.pkl"), "--log_path", str(tmp_path / "log")]
+    assert main(["--train_path", str(folder), *options]) == 0
+    report = capsys.readouterr().out
+    assert "export_info.json：没有读" in report
+    assert "contacts.csv：没有读" in report
+    assert "README" not in report
+    assert len(pickle.loads((tmp_path / "t.pkl").read_bytes())) == 2

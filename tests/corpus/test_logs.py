@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import zipfile
 from pathlib import Path
 
@@ -242,3 +243,86 @@ def test_join_seconds_parts_what_came_too_late(tmp_path):
     path.write_text(qq_txt(chat), encoding="utf-8")
     assert read(path) == [["一，二", "三"]]
     assert read(path, join_seconds=60) == [["二", "三"]]
+
+
+def test_private_chats_in_one_file_never_mix(tmp_path):
+    """留痕：除自己以外不止一人时看 TalkerId；旧版 PyWxDump 没有 room_name，talker 就是对方。"""
+    rows = ["localId,TalkerId,Type,SubType,IsSender,CreateTime,Status,StrContent,StrTime,Remark,"
+            "NickName,Sender"]  # fmt: skip
+    old = ["id,MsgSvrID,type_name,is_sender,talker,msg,src,CreateTime"]
+    for i, (chat, who, text) in enumerate(
+        [(1, "a", "甲问"), (2, "b", "乙问"), (1, "me", "答甲"), (2, "me", "答乙")]
+    ):
+        name = f"wxid_{who}"
+        rows.append(
+            f"{i},{chat},1,0,{int(who == 'me')},{1700000000 + i},,{text},,{who},{who},{name}"
+        )
+        partner = "wxid_a" if chat == 1 else "wxid_b"
+        old.append(f"{i},{i},文本,{int(who == 'me')},{partner},{text},,2026-01-02 20:15:{i:02}")
+    for lines in (rows, old):
+        path = tmp_path / "a.csv"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        assert read(path) == [["甲问", "答甲"], ["乙问", "答乙"]]
+        assert len(read(path, reply_speaker="me")) == 2
+
+
+def test_tables_with_a_session_column_or_a_date_column_are_logs(tmp_path):
+    path = tmp_path / "a.csv"
+    for header, rows in (
+        ("会话,发送人,时间,内容", ("x,甲,2026-01-02 20:15:30,电话13800138000",
+                            "x,乙,2026-01-02 20:16:30,好", "x,甲,2026-02-02 20:16:30,在")),
+        ("日期,时间,发送人,内容", ("2026-01-02,20:15:30,甲,电话13800138000",
+                            "2026-01-02,20:16:30,乙,好", "2026-02-02,20:16:30,甲,在")),
+    ):  # fmt: skip
+        path.write_text("\n".join([header, *rows]), encoding="utf-8")
+        assert read(path) == [["电话某个号码", "好"]]
+
+
+def test_conversations_in_json_rows_never_mix(tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [(1, "甲问"), (2, "乙问"), (1, "答甲"), (2, "答乙")]
+    for fields in (
+        lambda i: {"sender": f"s{i // 2}", "time": f"2026-01-02 20:{i:02}",
+                   "content": turns[i][1], "session_id": turns[i][0]},
+        lambda i: {"conversation_id": turns[i][0], "speaker": "x", "text": turns[i][1]},
+    ):  # fmt: skip
+        lines = [json.dumps(fields(i), ensure_ascii=False) for i in range(4)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        assert read(path) == [["甲问", "答甲"], ["乙问", "答乙"]]
+
+
+def test_body_that_looks_like_a_border_stays_and_a_nameless_header_parts(tmp_path):
+    path = tmp_path / "a.txt"
+    chat = [Said(0, "a", "text", "=====\n消息对象:谁"), Said(1, "me", "text", "在")]
+    nameless = "2026-01-02 20:17:30 \n名字是空的\n\n"
+    path.write_text(qq_txt(chat) + nameless, encoding="utf-8")
+    assert read(path) == [["===== 消息对象:谁", "在", "名字是空的"]]
+
+
+def test_calls_and_other_languages_are_left_out(tmp_path):
+    path = tmp_path / "a.txt"
+    lines = [
+        "02.01.26, 20:15 - Anna: Hallo",
+        "02.01.26, 20:16 - Ben: <Medien ausgeschlossen>",
+        "02.01.26, 20:16 - Ben: Diese Nachricht wurde gelöscht.",
+        '02.01.26, 20:17 - Anna änderte den Betreff von "a: b" zu "c: d"',
+        "02.01.26, 20:18 - Ben: Hi \u200e<attached: a.jpg>",
+        "02.01.26, 20:19 - Anna: null",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert read(path) == [["Hallo", "Hi"]]
+    lines = ["[LINE] x", "2026/1/2(金)", "20:15\t甲\t☎ 通話時間 1:23", "20:16\t甲\t在",
+             "20:17\t乙\t☎ 未接來電", "20:18\t乙\t好"]  # fmt: skip
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert read(path) == [["在", "好"]]
+
+
+def test_long_lines_take_no_longer_than_their_length(tmp_path):
+    """二十万字的一条消息，各种反复的字符：每种都在几秒之内。"""
+    for piece in ("1", "QUJD", " ", "[引用 ", "<title>", "\u200e", "> ", "「甲：", "@a."):
+        text = piece * (200_000 // len(piece)) + "x"
+        chat = [Said(0, "a", "text", text), Said(1, "me", "text", "好")]
+        path = write(tmp_path, "whatsapp_ios", chat)
+        started = time.monotonic()
+        read(path)
+        assert time.monotonic() - started < 5, piece

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from chitchat.corpus.formats.base import Head, ReadOptions
 from chitchat.errors import UserError
 
 DELIMITERS = ",\t;|"
+MAX_CELL = 1 << 22  # 一格最多多少字符
 HEADER_ROWS = 12  # 表头之前最多有几行说明
 # 没有指名时，依次找这些列名（小写）。
 _COLUMNS = {
@@ -20,13 +22,17 @@ _COLUMNS = {
     "dialogue": "dialogue_id dialog_id conversation_id session_id conv_id dialogueid dialogid"
     " conversationid 对话 会话 对话编号 对话id 会话id 会话编号",
     "speaker": "sender speaker from author user username nickname name talker role 发送人 发送者"
-    " 发言人 说话人 昵称 发信人 微信id 谁 用户 角色 sendername 寄件者",
+    " 发言人 说话人 发送者微信id 发送者昵称 发送者身份 昵称 发信人"
+    " 微信id 谁 用户 角色 sendername 寄件者",
     "time": "createtime timestamp strtime time datetime date sent_at 时间戳 时间 发送时间 日期时间"
     " 日期 何时 時間",
+    "date": "date 日期",
     "chat": "talkerid chat chat_id room room_name 聊天 会话对象 群 群名 群聊 聊天对象",
     "type": "type msgtype msg_type type_name 类型 消息类型 訊息類型",
     "me": "issender is_sender isself is_self issend is_send fromme is_from_me 是否自己",
 }
+# 不是语料里的对话编号，而是聊天的；有说话人和时间时，整个表是聊天记录。
+SESSION_NAMES = ("会话", "会话id", "会话编号", "session_id", "conversation")
 ALIASES = {role: names.split() for role, names in _COLUMNS.items()}
 PAIRS = (
     ("question", "answer"), ("q", "a"), ("ask", "answer"), ("query", "response"),
@@ -41,10 +47,37 @@ NUMBERED = re.compile(
 )
 
 
-def open_rows(file: TextIO, head: Head) -> Iterator[list[str]]:
-    """逐行给出各格；分隔符由开头认出。``rows.line_num`` 是行号。"""
-    csv.field_size_limit(2**31 - 1)
-    return csv.reader(file, delimiter=delimiter_of(head))
+class Rows:
+    """CSV 的各行；引号不成对时指出在哪里，不让它吞掉后面的行。
+
+    Attributes:
+        line_num: 已读到第几行。
+    """
+
+    def __init__(self, file: TextIO, delimiter: str) -> None:
+        csv.field_size_limit(MAX_CELL)
+        self.rows = csv.reader(file, delimiter=delimiter, strict=True)
+        self.line_num = 0
+
+    def __iter__(self) -> Rows:
+        return self
+
+    def __next__(self) -> list[str]:
+        start = self.rows.line_num + 1
+        try:
+            row = next(self.rows)
+        except csv.Error as error:
+            raise UserError(
+                f"第 {start} 行起的引号不成对，或一格太长（{error}）："
+                "请重新导出，或把这一行里的双引号写成两个"
+            ) from error
+        self.line_num = self.rows.line_num
+        return row
+
+
+def open_rows(file: TextIO, head: Head) -> Rows:
+    """逐行给出各格；分隔符由开头认出。"""
+    return Rows(file, delimiter_of(head))
 
 
 def delimiter_of(head: Head) -> str:
@@ -69,7 +102,7 @@ def known_names(cells: Iterable[str]) -> set[str]:
     return {name for name in lower if name in known or NUMBERED.fullmatch(name)}
 
 
-def skip_header(rows: Iterator[list[str]], head: Head, wanted: Sequence[str] = ()) -> list[str]:
+def skip_header(rows: Rows, head: Head, wanted: Sequence[str] = ()) -> list[str]:
     """读到表头为止，返回表头；没有表头时什么也不读，返回空的。
 
     Args:
@@ -85,8 +118,10 @@ def skip_header(rows: Iterator[list[str]], head: Head, wanted: Sequence[str] = (
 
 def find_header(head: Head, wanted: Sequence[str] = ()) -> tuple[int, list[str]]:
     """表头是前面几行里认得的列名最多的一行：它是第几行，各格；没有时是 0 和空的。"""
-    with head.open_text() as file:
-        rows = list(itertools.islice(open_rows(file, head), HEADER_ROWS))
+    rows: list[list[str]] = []
+    with head.open_text() as file, contextlib.suppress(UserError):  # 不是 CSV 的，读到坏处为止
+        for row in itertools.islice(open_rows(file, head), HEADER_ROWS):
+            rows.append(row)
     found = [[cell.strip().lstrip("\ufeff") for cell in row] for row in rows]
     scores = [len(known_names(row) | (set(wanted) & set(row))) for row in found]
     best = max(scores, default=0)

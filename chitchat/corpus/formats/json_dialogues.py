@@ -17,23 +17,26 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from chitchat.corpus.formats.base import Dialogue, Format, Head, ReadOptions
-from chitchat.corpus.formats.columns import ALIASES
+from chitchat.corpus.formats.base import Dialogue, Format, Head, ReadOptions, one_line
+from chitchat.corpus.formats.columns import ALIASES, find_columns
 from chitchat.corpus.formats.json_records import (
     TEXT_KEYS,
     TURN_KEYS,
     dialogues_of,
+    has_pair,
     is_record,
     split_dialogues,
     texts_of,
 )
 from chitchat.corpus.formats.json_values import (
     JsonShape,
+    check_syntax,
     iterate_items,
     iterate_lines,
     iterate_pairs,
 )
 from chitchat.corpus.messages import Message, kind_of_type
+from chitchat.corpus.sorting import group_rows
 from chitchat.corpus.times import parse_times
 from chitchat.errors import UserError
 
@@ -59,6 +62,9 @@ def read_json(
     """读出对话；记录是一条条消息时给出消息。"""
     shape = head.json
     if shape is None:
+        if head.text.lstrip("\ufeff \t\r\n").startswith(("[", "{")):
+            check_syntax(file)  # 写坏了的说明坏在哪里；没有坏就是空的
+            return
         raise UserError("不是 JSON：应以 [ 或 { 开头；请用 --format 指定真正的格式")
     is_lines = shape.is_lines or (
         head.suffix in (".jsonl", ".ndjson") and "item" not in shape.first
@@ -68,7 +74,7 @@ def read_json(
             (f"第 {number} 行", value) for number, value in iterate_lines(file)
         )
     else:
-        prefix = _prefix_of(shape, options)
+        prefix = _prefix_of(shape, options, head)
         values = (value for _, value in iterate_pairs(file)) if prefix is None else (
             iterate_items(file, prefix))  # fmt: skip
         records = ((f"第 {number} 段对话", value) for number, value in enumerate(values, 1))
@@ -76,8 +82,12 @@ def read_json(
     if first is None:
         return
     records = itertools.chain([first], records)
-    if columns := _message_columns(first[1]):
+    if columns := _message_columns(first[1], options):
         yield from _read_messages(records, columns)
+    elif _is_turn(first[1]) and (key := _dialogue_key(first[1])):
+        rows = ((str(turn.get(key)), one_line(text), 0) for where, turn in records
+                if isinstance(turn, dict) for text in texts_of(turn, where))  # fmt: skip
+        yield from split_dialogues([utterances for utterances, _ in group_rows(rows)])
     elif _is_turn(first[1]):
         utterances = [text for where, turn in records for text in texts_of(turn, where)]
         yield from split_dialogues([utterances])
@@ -94,7 +104,7 @@ def _is_pretty(head: Head) -> bool:
     return first in ("{", "[", "[[", "[{")
 
 
-def _prefix_of(shape: JsonShape, options: ReadOptions) -> str | None:
+def _prefix_of(shape: JsonShape, options: ReadOptions, head: Head) -> str | None:
     """各段对话的路径；None 表示最外层对象的每个值是一段。
 
     Raises:
@@ -115,6 +125,8 @@ def _prefix_of(shape: JsonShape, options: ReadOptions) -> str | None:
         return None
     if splits and set(splits) == set(keys[: len(splits)]) and all(map(_is_id, splits)):
         return None  # 编号 → 一段对话的列表
+    with head.open_text() as file:
+        check_syntax(file)
     names = keys[:20] if set(splits) <= set(keys) else list(splits)
     raise UserError(
         f"JSON 里没有叫 {options.split} 的一份：有 {'、'.join(names) or '零份'}；"
@@ -151,19 +163,22 @@ def _is_turn(value: Any) -> bool:
     )
 
 
-def _message_columns(record: Any) -> dict[str, str]:
+def _dialogue_key(turn: Any) -> str:
+    """一句一个对象、写着是哪一段时，那个键；没有时是空串。"""
+    keys = turn if isinstance(turn, dict) else {}
+    return next((key for key in keys if key.lower() in ALIASES["dialogue"]), "")
+
+
+def _message_columns(record: Any, options: ReadOptions) -> dict[str, str]:
     """记录是一条消息时，各种用途 → 键；不是时为空。"""
     if not isinstance(record, dict):
         return {}
-    lower = {key.lower(): key for key in record if isinstance(key, str)}
-    columns: dict[str, str] = {}
-    for role, aliases in ALIASES.items():
-        name = next((alias for alias in aliases if alias in lower), None)
-        if name and lower[name] not in columns.values():
-            columns[role] = lower[name]
+    keys = [key for key in record if isinstance(key, str)]
+    columns = {role: keys[number] for role, number in find_columns(keys, options).items()}
     is_text = "text" in columns and isinstance(record[columns["text"]], str)
-    is_log = is_text and "time" in columns and {"speaker", "me"} & columns.keys()
-    return columns if is_log else {}
+    has_clock = "time" in columns and re.search(r"\d[:：]\d|\d{9}", str(record[columns["time"]]))
+    is_log = is_text and has_clock and {"speaker", "me"} & columns.keys()
+    return columns if is_log and not has_pair(set(keys)) else {}
 
 
 def _read_messages(
@@ -179,9 +194,9 @@ def _read_messages(
 
         yield Message(
             speaker=cell("speaker"),
-            times=parse_times(cell("time")),
+            times=parse_times(f"{cell('date')} {cell('time')}") or parse_times(cell("time")),
             text=cell("text"),
-            chat=cell("chat"),
+            chat=cell("chat") or cell("dialogue"),
             is_me=cell("me").lower() in ("1", "true"),
             left_out=kind_of_type(cell("type")),
             has_type="type" in columns,

@@ -30,15 +30,19 @@ _ROLE_PREFIX = re.compile(
     r"\A(?:S\d+|[A-Z]|Speaker ?\d+|Human|Assistant|User|Bot|用户|机器人|助手)[:：]\s*",
     re.IGNORECASE,
 )
-_BELLE = re.compile(r"(?:\A|\n)\s*(?:Human|Assistant)[:：]\s?")
+_BELLE = re.compile(r"(?:\A|\n)[ \t]*(?:Human|Assistant)[:：]\s?")
 _MOSS_MARK = re.compile(r"<\|(?:Human|MOSS)\|>[:：]?|\[(?:Human|MOSS)\][:：]?|<eo\w+>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def has_pair(keys: set[str]) -> bool:
+    """有没有成对的问和答。"""
+    return any(set(pair) <= keys for pair in _PAIRS)
+
+
 def is_record(keys: set[str]) -> bool:
     """有这些键的对象是不是一段对话。"""
-    has_pair = any(set(pair) <= keys for pair in _PAIRS)
-    return has_pair or bool(keys & {*TURN_KEYS, "plain_text"}) or {"u1", "b1"} <= keys
+    return has_pair(keys) or bool(keys & {*TURN_KEYS, "plain_text"}) or {"u1", "b1"} <= keys
 
 
 def split_dialogues(dialogues: list[list[str]]) -> Iterator[Dialogue]:

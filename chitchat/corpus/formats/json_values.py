@@ -102,6 +102,17 @@ def iterate_pairs(file: TextIO) -> Iterator[tuple[str, Any]]:
         yield from ijson.kvitems(Utf8Bytes(file), "", multiple_values=True, use_float=True)
 
 
+def check_syntax(file: TextIO) -> None:
+    """从头到尾看一遍是不是正确的 JSON。
+
+    Raises:
+        UserError: 不是。
+    """
+    with explained():
+        for _ in ijson.basic_parse(Utf8Bytes(file), multiple_values=True, use_float=True):
+            pass
+
+
 def iterate_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
     """JSONL：逐行给出行号和值；空行和 ``#`` 开头的行略去。
 

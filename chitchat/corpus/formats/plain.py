@@ -25,20 +25,11 @@ _BLANK = "".join(map(chr, (*range(0x200B, 0x2010), 0x2060, 0xFEFF, *range(0xFE00
 _MARKS = ("\t", "__eou__", " | ")
 _RECORD = "+++$+++"
 _SCRIPT = re.compile(r"(?P<speaker>[^\s:：][^:：\n]{0,11}?)\s?[:：]\s*(?P<text>.*)")
-_QUESTIONS = ("问", "q", "question", "提问", "user", "用户", "human", "ask")
+_ASKERS = ("问", "q", "question", "提问")
 _ROLES = (
-    *_QUESTIONS,
-    "答",
-    "a",
-    "b",
-    "bot",
-    "assistant",
-    "system",
-    "gpt",
-    "机器人",
-    "系统",
-    "助手",
-)
+    *_ASKERS, "答", "user", "用户", "human", "ask", "a", "b", "bot", "assistant", "system", "gpt",
+    "机器人", "系统", "助手",
+)  # fmt: skip
 _NOT_SPEAKERS = ("http", "https", "ps", "p.s.", "re", "fw", "注")
 MAX_YAML_CHARS = 64 << 20
 
@@ -91,10 +82,10 @@ def read_rows(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Dialog
         yield from _read_records(file)
         return
     mark = "\t" if head.suffix == ".tsv" else _mark_of(head.lines[:200]) or "\t"
-    has_labels = mark == "\t" and _has_labels(head.lines)
+    is_labelled = mark == "\t" and has_labels(head.lines)
     for number, line in enumerate(file, 1):
         cells = [text for cell in line.split(mark) if (text := strip_blank(cell))]
-        if has_labels and cells:
+        if is_labelled and cells:
             label, *cells = cells
             if label != "1":
                 continue
@@ -102,7 +93,7 @@ def read_rows(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Dialog
             yield Dialogue(cells, [number] * len(cells))
 
 
-def _has_labels(lines: Sequence[str]) -> bool:
+def has_labels(lines: Sequence[str]) -> bool:
     """第一格都是 0 或 1，后面至少两格。"""
     rows = [line.split("\t") for line in lines[:-1] or lines]
     return bool(rows) and all(row[0] in ("0", "1") and len(row) > 2 for row in rows)
@@ -158,23 +149,23 @@ def _recognise_script(head: Head) -> str:
 
 def read_script(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Dialogue]:
     """``说话人：文字``；空行或又一个“问：”另起一段，system 的话略去。"""
-    utterances: list[str] = []
+    turns: list[list[str]] = []
     lines: list[int] = []
     last_speaker = None
     for number, line in enumerate(itertools.chain(file, [""]), 1):
         match = _SCRIPT.fullmatch(strip_blank(line))
         speaker = match["speaker"] if match else last_speaker
         text = match["text"] if match else strip_blank(line)
-        starts = (speaker or "").lower() in ("问", "q", "question", "提问") and match
-        if utterances and (not text or (starts and speaker != last_speaker)):
-            yield Dialogue(utterances, lines)
-            utterances, lines, last_speaker = [], [], None
+        starts = match and speaker.lower() in _ASKERS and speaker != last_speaker
+        if turns and (not text or starts):
+            yield Dialogue([join_messages(turn) for turn in turns], lines)
+            turns, lines, last_speaker = [], [], None
         if not text or (speaker or "").lower() in ("system", "系统"):
             continue
-        if speaker == last_speaker and utterances:
-            utterances[-1] = join_messages([utterances[-1], text])
+        if speaker == last_speaker and turns:
+            turns[-1].append(text)
         else:
-            utterances.append(text)
+            turns.append([text])
             lines.append(number)
         last_speaker = speaker
 

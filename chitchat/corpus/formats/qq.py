@@ -28,9 +28,13 @@ HEADER = re.compile(
     r"(?P<time>\d{4}[-/.年]\d{1,2}[-/.月]\d{1,2}日?\s+"
     rf"(?:{_MARK}\s*)?\d{{1,2}}:\d{{2}}(?::\d{{2}})?(?:\s?{_MARK})?)\s+(?P<speaker>[^\s-].*|-+[^\s-].*)"
 )
+_NAMELESS = re.compile(
+    rf"(?P<time>\d{{4}}-\d{{2}}-\d{{2}} (?:{_MARK}\s*)?\d{{1,2}}:\d{{2}}:\d{{2}})(?P<speaker>)"
+)
 _ACCOUNT = re.compile(r"[(<（](?P<account>[^()<>（）]+)[)>）]\s*\Z")
 _SYSTEM_ACCOUNTS = ("10000", "1000000", "系统消息", "80000000")
-_BORDERS = ("消息对象:", "消息对象：", "消息分组:", "消息分组：", "=====")
+_BORDER = re.compile(r"={30,}")
+_HEADING = ("消息对象:", "消息对象：", "消息分组:", "消息分组：")
 
 
 def _recognise(head: Head) -> str:
@@ -64,18 +68,21 @@ def _read_headed(lines: Iterable[str]) -> Iterator[Message]:
     """``2023-01-02 20:15:30 昵称(号码)`` 一行，下面是正文。"""
     chat, header, number = "", None, 0
     body: list[str] = []
+    previous, after_border = "", False
     for line_number, line in enumerate(lines, 1):
-        match = HEADER.fullmatch(line.strip("\ufeff \t\r\n"))
-        is_border = line.startswith(_BORDERS)
+        plain = line.strip("\ufeff \t\r\n")
+        match = HEADER.fullmatch(plain) or (_NAMELESS.fullmatch(plain) if not previous else None)
+        is_border = bool(_BORDER.fullmatch(plain)) or (after_border and plain.startswith(_HEADING))
         if (match or is_border) and header:
             yield _headed(chat, header, body, number)
             header = None
         if match:
             header, number, body = match, line_number, []
-        elif is_border and line.startswith("消息对象"):
-            chat = line.strip()
+        elif is_border and plain.startswith("消息对象"):
+            chat = plain
         elif header:
             body.append(line)
+        previous, after_border = plain, bool(_BORDER.fullmatch(plain))
     if header:
         yield _headed(chat, header, body, number)
 

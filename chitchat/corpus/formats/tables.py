@@ -12,17 +12,25 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from chitchat.corpus.formats.base import Dialogue, Format, Head, ReadOptions, one_line
+from chitchat.corpus.formats.base import (
+    HEAD_CHARS,
+    Dialogue,
+    Format,
+    Head,
+    ReadOptions,
+    one_line,
+)
 from chitchat.corpus.formats.columns import (
     ALIASES,
     DELIMITERS,
     NUMBERED,
     PAIRS,
+    SESSION_NAMES,
+    Rows,
     cells_of,
     find_columns,
     known_names,
@@ -30,7 +38,7 @@ from chitchat.corpus.formats.columns import (
     skip_header,
 )
 from chitchat.corpus.messages import Message, kind_of_type
-from chitchat.corpus.sorting import temporary_database
+from chitchat.corpus.sorting import group_rows
 from chitchat.corpus.times import parse_times
 from chitchat.errors import UserError
 
@@ -56,7 +64,8 @@ def has_messages(header: Sequence[str], options: ReadOptions) -> bool:
     columns = find_columns(header, options)
     named = options.speaker_column and options.time_column
     is_log = {"text", "time"} <= columns.keys() and {"speaker", "me"} & columns.keys()
-    return bool(named or (is_log and "dialogue" not in columns and not _turns_of(header)))
+    is_corpus = "dialogue" in columns and header[columns["dialogue"]].lower() not in SESSION_NAMES
+    return bool(named or (is_log and not is_corpus and not _turns_of(header)))
 
 
 def _turns_of(header: Sequence[str]) -> list[int]:
@@ -84,7 +93,9 @@ def read_table(
     turns = _turns_of(header)
     columns = find_columns(header, options)
     if turns and not any(named):
-        yield from _read_turns(rows, turns)
+        lower = [name.lower() for name in header]
+        label = lower.index("label") if {"label", "context"} <= set(lower) else None
+        yield from _read_turns(rows, turns, label)
     elif "text" not in columns:
         raise UserError(
             f"CSV 的列 {'、'.join(header)} 里看不出哪一列是文字：请用 --text_column 指定"
@@ -92,7 +103,8 @@ def read_table(
     elif has_messages(header, options):
         yield from read_messages(rows, columns)
     elif "dialogue" in columns:
-        yield from _group_rows(rows, columns["text"], columns["dialogue"])
+        cells = _cells_of_dialogues(rows, columns["text"], columns["dialogue"])
+        yield from (Dialogue(*group) for group in group_rows(cells))
     else:
         raise UserError(
             f"CSV 的列 {'、'.join(header)} 里看不出怎样分对话："
@@ -103,56 +115,49 @@ def read_table(
 
 def _read_bare(file: TextIO, head: Head, options: ReadOptions) -> Iterator[Dialogue]:
     """没有表头：每行都是两格以上的文字时，一行一段。"""
-    lines = head.lines[:-1] if len(head.lines) > 1 and len(head.text) > 8000 else head.lines
-    for mark in ("\t", " | ", "|", ",", ";"):
-        rows = list(csv.reader(lines, delimiter=mark)) if len(mark) == 1 else [
-            line.split(mark) for line in lines]  # fmt: skip
+    if not head.lines:
+        return
+    lines = head.text.splitlines(keepends=True)
+    whole = lines[:-1] if len(head.text) == HEAD_CHARS else lines
+    for mark in ("\t", "|", ",", ";"):
+        rows = list(csv.reader(whole, delimiter=mark))
+        rows = [row for row in rows if row]
         is_text = all(
             len(row) == len(rows[0]) > 1 and all(map(_LETTER.search, row)) for row in rows
         )
-        if len(rows) > 1 and is_text:
+        if len(rows) > 1 and is_text and not known_names(rows[0]):
             break
     else:
-        first = "、".join(cells_of(head.lines[0])) if head.lines else "零列"
+        first = "、".join(cells_of(head.lines[0]))
         raise UserError(
             f"CSV 的列 {first} 里看不出哪一列是文字："
             "请用 --text_column 等指定，或在第一行写上列名（如 question,answer）"
         )
-    with head.open_text() as again:
-        for number, line in enumerate(again, 1):
-            cells = next(csv.reader([line], delimiter=mark), []) if len(mark) == 1 else (
-                line.split(mark))  # fmt: skip
-            if texts := [text for cell in cells if (text := cell.strip().lstrip("\ufeff"))]:
-                yield Dialogue(texts, [number] * len(texts))
-
-
-def _read_turns(rows: Iterator[list[str]], columns: Sequence[int]) -> Iterator[Dialogue]:
+    rows = Rows(file, mark)
     for row in rows:
+        if texts := [text for cell in row if (text := one_line(cell).lstrip("\ufeff"))]:
+            yield Dialogue(texts, [rows.line_num] * len(texts))
+
+
+def _read_turns(rows: Rows, columns: Sequence[int], label: int | None) -> Iterator[Dialogue]:
+    """一行一段；有标签一列时只要 1 的。"""
+    for row in rows:
+        if label is not None and (label >= len(row) or row[label].strip() not in ("1", "1.0")):
+            continue
         cells = [row[column] for column in columns if column < len(row)]
         texts = [text for cell in cells if (text := one_line(cell))]
         if len(texts) == len(columns) or (len(columns) > 2 and len(texts) > 1):
             yield Dialogue(texts, [rows.line_num] * len(texts))
 
 
-def _group_rows(rows: Iterator[list[str]], text: int, dialogue: int) -> Iterator[Dialogue]:
-    """对话编号相同的各行是一段对话，不必相邻；编号第一次出现的次序就是对话的次序。"""
-    numbers: dict[str, int] = {}
-
-    def cells() -> Iterator[tuple[int, str, int]]:
-        for row in rows:
-            if len(row) > max(text, dialogue) and (utterance := one_line(row[text])):
-                number = numbers.setdefault(row[dialogue].strip(), len(numbers))
-                yield number, utterance, rows.line_num
-
-    with temporary_database("CREATE TABLE rows (dialogue, text, line)") as database:
-        database.executemany("INSERT INTO rows VALUES (?, ?, ?)", cells())
-        ordered = database.execute("SELECT * FROM rows ORDER BY dialogue, rowid")
-        for _, group in itertools.groupby(ordered, lambda row: row[0]):
-            found = list(group)
-            yield Dialogue([row[1] for row in found], [row[2] for row in found])
+def _cells_of_dialogues(rows: Rows, text: int, dialogue: int) -> Iterator[tuple[str, str, int]]:
+    """每行的对话编号、文字、行号。"""
+    for row in rows:
+        if len(row) > max(text, dialogue) and (utterance := one_line(row[text])):
+            yield row[dialogue].strip(), utterance, rows.line_num
 
 
-def read_messages(rows: Iterator[list[str]], columns: dict[str, int]) -> Iterator[Message]:
+def read_messages(rows: Rows, columns: dict[str, int]) -> Iterator[Message]:
     """CSV 聊天记录的各条消息；有类型一列时只要文字消息。"""
 
     def cell(row: list[str], role: str) -> str:
@@ -163,11 +168,12 @@ def read_messages(rows: Iterator[list[str]], columns: dict[str, int]) -> Iterato
         if not any(row):
             continue
         is_me = cell(row, "me").lower() in ("1", "true", "是", "yes")
+        time = cell(row, "time")
         yield Message(
             speaker=cell(row, "speaker"),
-            times=parse_times(cell(row, "time")),
+            times=parse_times(f"{cell(row, 'date')} {time}") or parse_times(time),
             text=cell(row, "text"),
-            chat=cell(row, "chat"),
+            chat=cell(row, "chat") or cell(row, "dialogue"),
             is_me=is_me,
             left_out=kind_of_type(cell(row, "type")),
             line=rows.line_num,

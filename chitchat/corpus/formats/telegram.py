@@ -1,7 +1,8 @@
 """Telegram Desktop 导出的 ``result.json``。
 
 一个聊天（``name``、``type``、``messages``）或整个账号（``chats.list``）；``text`` 是字符串，或
-字符串与 ``{"type", "text"}`` 的列表；``type`` 是 service 的是系统提示；“收藏夹”不是对话。
+字符串与 ``{"type", "text"}`` 的列表；``type`` 是 service 的是系统提示；收藏夹、频道、与机器人的
+聊天不是对话。
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from chitchat.corpus.formats.json_values import Utf8Bytes, explained, iterate_it
 from chitchat.corpus.messages import Message
 from chitchat.corpus.times import parse_times
 
+_CHAT_TYPES = (
+    "personal_chat", "bot_chat", "saved_messages", "private_group", "private_supergroup",
+    "public_supergroup", "private_channel", "public_channel",
+)  # fmt: skip
+_NOT_CHATS = ("saved_messages", "bot_chat", "private_channel", "public_channel")
 _CHATS = ("chats.list.item", "left_chats.list.item")
 _MEDIA = (
     ("sticker", "表情包"), ("animation", "表情包"), ("voice_message", "语音"),
@@ -32,8 +38,9 @@ def _recognise(head: Head) -> str:
     message = shape.first.get("messages.item")
     if isinstance(message, dict) and {"from_id", "text", "date"} <= message.keys():
         return "消息有 from_id、date 和 text"
-    if isinstance(message, dict) and message.get("type") == "service" and "actor" in message:
-        return "消息有 actor 和 action"
+    kind = str(shape.scalars.get("type"))
+    if kind in _CHAT_TYPES and {"name", "messages"} <= set(keys):
+        return f"聊天的 type 是 {kind}"
     if "chats" in keys and {"about", "personal_information", "contacts"} & set(keys):
         return "有 chats 与 about"
     return ""
@@ -46,8 +53,9 @@ def read_telegram(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Me
         me = str(shape.scalars.get("personal_information.user_id") or "")
         yield from _read_account(file, me)
     else:
+        is_chat = shape is None or shape.scalars.get("type") not in _NOT_CHATS
         for message in iterate_items(file, "messages.item"):
-            if isinstance(message, dict):
+            if isinstance(message, dict) and is_chat:
                 yield _message(message, "", "")
 
 
@@ -62,7 +70,7 @@ def _read_account(file: TextIO, me: str) -> Iterator[Message]:
             if prefix in _CHATS and event == "start_map":
                 number, is_saved = number + 1, False
             elif prefix in (f"{_CHATS[0]}.type", f"{_CHATS[1]}.type"):
-                is_saved = value == "saved_messages"
+                is_saved = value in _NOT_CHATS
             is_message = prefix.endswith(".list.item.messages.item")
             if is_message and event == "start_map":
                 builder = ObjectBuilder()
@@ -103,7 +111,8 @@ def _text_of(text: Any) -> str:
         return text
     parts = text if isinstance(text, list) else []
     return "".join(part if isinstance(part, str) else str(part.get("text") or "")
-                   for part in parts if isinstance(part, (str, dict)))  # fmt: skip
+                   for part in parts if isinstance(part, str) or (
+                       isinstance(part, dict) and part.get("type") != "blockquote"))  # fmt: skip
 
 
 TELEGRAM = Format("Telegram 的 result.json", _recognise, read_telegram, is_log=True)

@@ -12,27 +12,32 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
 from chitchat.corpus.formats.base import Format, Head, ReadOptions
-from chitchat.corpus.formats.columns import find_header, open_rows, skip_header
+from chitchat.corpus.formats.columns import Rows, find_header, open_rows, skip_header
 from chitchat.corpus.formats.json_values import iterate_items, iterate_lines
 from chitchat.corpus.messages import Message, kind_of_type
 from chitchat.corpus.times import parse_times
 from chitchat.errors import UserError
 
-_SENDER_PREFIX = re.compile(r"\A(?P<account>[\w@.-]+):\r?\n")  # 群消息的正文以“账号:换行”开头
+# 群消息的正文以“账号:换行”开头
+_SENDER_PREFIX = re.compile(r"\A(?P<account>wxid_[\w-]+|gh_\w+|[\w.-]+@[\w.-]+):\r?\n")
 # 微信数据库里的类型号；49 之类的应用消息另有子类型，57 是引用，有文字。
 _CODES = {
     1: "", 2: "", 3: "图片", 34: "语音", 42: "名片", 43: "视频", 44: "视频", 47: "表情包",
     48: "位置", 49: "链接", 50: "通话", 51: "系统", 62: "视频", 64: "通话", 66: "名片", 67: "名片",
     10000: "系统", 10002: "撤回", 11000: "系统",
 }  # fmt: skip
+_APP_KINDS = {
+    3: "链接卡片", 4: "链接卡片", 5: "链接卡片", 6: "文件", 8: "表情包", 19: "转发", 33: "链接卡片",
+    36: "链接卡片", 2000: "红包转账", 2001: "红包转账",
+}  # fmt: skip
 _QUOTE = 57
-_TEXT_TITLE = re.compile(r"<title>(?P<text>.*?)</title>", re.DOTALL)
 
 
 def _kind_of_code(code: str, subtype: str = "") -> str:
@@ -45,6 +50,8 @@ def _kind_of_code(code: str, subtype: str = "") -> str:
     number &= 0xFFFFFFFF
     if number == 49 and sub == _QUOTE:
         return ""
+    if number == 49 and sub in _APP_KINDS:
+        return _APP_KINDS[sub]
     return kind_of_type(_CODES[number]) if number in _CODES else f"其他（类型 {code[:20]}）"
 
 
@@ -135,9 +142,35 @@ def read_wechat(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Mess
     skip_header(rows, head, _MARKING)
     columns = {name: column for column, name in enumerate(header)}
     last_column = max(columns[name] for name in layout.needed())
+    with head.open_text() as again:
+        chat_column = _chat_column(layout, open_rows(again, head), columns)
     for row in rows:
         if len(row) > last_column:
-            yield _message(layout, dict(zip(columns, row, strict=False)), rows.line_num)
+            cells = dict(zip(columns, row, strict=False))
+            message = _message(layout, cells, rows.line_num)
+            chat = cells.get(chat_column, "").strip()
+            speaker = "" if message.is_me and chat_column == layout.account else message.speaker
+            yield message._replace(chat=chat, speaker=speaker)
+
+
+def _chat_column(layout: _Layout, rows: Rows, columns: dict[str, int]) -> str:
+    """哪一列说明是哪个聊天；空串表示整个文件是一个聊天。
+
+    留痕的 TalkerId 不可靠：除了自己只有一个人时，就是一个聊天。PyWxDump 旧版没有 room_name，
+    自己的那些行若也写着对方的账号，talker 就是聊天。
+    """
+    others: set[str] = set()
+    mine: set[str] = set()
+    me, account = columns.get(layout.me, -1), columns.get(layout.account, -1)
+    for row in rows:
+        if 0 <= max(me, account) < len(row) and row[account].strip() not in ("", layout.account):
+            is_me = me >= 0 and row[me].strip().lower() in ("1", "true")
+            (mine if is_me else others).add(row[account].strip())
+    if layout.chat == "TalkerId":
+        return "" if len(others) == 1 else layout.chat
+    if layout.chat in columns or not layout.me:
+        return layout.chat
+    return layout.account if mine and mine <= others else ""
 
 
 def _message(layout: _Layout, row: Mapping[str, str], line: int) -> Message:
@@ -151,19 +184,16 @@ def _message(layout: _Layout, row: Mapping[str, str], line: int) -> Message:
     if layout.label.startswith("chatlog"):
         is_me = bool(chat) and not chat.endswith("@chatroom") and account != chat
         account = account or name
-    has_sender = layout.account in row or layout.name in row
     text, prefix = _strip_sender(row.get(layout.text) or "")
     kind = kind_of_type(cell(layout.type)) if layout.type else _kind_of_code(
         cell(layout.code) or "1", cell(layout.subtype))  # fmt: skip
     if not kind and text.lstrip().startswith("<") and cell(layout.subtype) == str(_QUOTE):
-        title = _TEXT_TITLE.search(text)
-        text = title["text"] if title else ""
+        _, _, rest = text.partition("<title>")
+        text = html.unescape(rest.partition("</title>")[0])
     return Message(
         speaker=account or prefix or name,
         times=next((t for field in layout.time if (t := parse_times(cell(field)))), ()),
         text=text,
-        # 留痕的 TalkerId 不可靠：有说话人一列时，两个人的就是一个聊天，由 chat_logs 看是几个人。
-        chat="" if layout.chat == "TalkerId" and has_sender and account else chat,
         name=name,
         is_me=is_me,
         left_out=kind,
@@ -185,6 +215,8 @@ def _read_weflow(file: TextIO) -> Iterator[Message]:
         kind = str(message.get("type") or "")
         code = str(message.get("localType") or "")
         left_out = kind_of_type(kind) if kind else _kind_of_code(code or "1")
+        if kind.startswith("其他") and code:  # 名字不知道的，看类型号：引用就是这样写的
+            left_out = _kind_of_code(code)
         if message.get("isSend") is None and not left_out:
             left_out = "系统提示"
         text, prefix = _strip_sender(str(message.get("content") or ""))

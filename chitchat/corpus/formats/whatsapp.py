@@ -25,25 +25,33 @@ HEADER = re.compile(
 )
 _SENDER = re.compile(r"(?P<name>[^:：\n]{1,60}?):\s(?P<text>.*)", re.DOTALL)
 _MEDIA = re.compile(
-    r"<[^<>\n]*(?:省略|忽略|略去|omitted|omis|omitid|weggelassen|附件|附加|attached)[^<>\n]*>"
+    r"<[^<>\n]{3,80}>|null"
     r"|(?:image|video|audio|sticker|GIF|document|Contact card)(?: message)? omitted"
-    r"|(?:图片|圖片|照片|视频|影片|影像|音频|音訊|语音|贴图|貼圖|文件|檔案|文档|GIF|联系人名片|聯絡人名片)"
+    r"|(?:图片|圖片|照片|视频|影片|影像|音频|音訊|语音|贴图|貼圖|文件|檔案|文档|GIF|联系人名片"
+    r"|聯絡人名片)"
     r"(?:已)?(?:略去|忽略|省略)"
-    r"|\S+\.\w{2,5} ?[(（](?:file attached|文件附件|附件檔案|檔案附件|附件)[)）]",
-    re.IGNORECASE,
+    r"|\S+\.\w{2,5} ?[(（](?:file attached|文件附件|附件檔案|檔案附件|附件|Datei angehängt)[)）]"
+    r"|(?:POLL|投票)[:：].*|(?:已分享)?(?:实时|即時)位置.{0,20}|live location shared",
+    re.IGNORECASE | re.DOTALL,
 )
 _DELETED = re.compile(
-    r"(?:这条|此|该)(?:消息|訊息|讯息)已(?:被)?(?:删除|刪除)。?|(?:您|你)(?:已)?(?:删除了此|刪除了此|已刪除此)(?:消息|訊息)。?"
-    r"|你已刪除此訊息。?|This message was deleted\.?|You deleted this message\.?"
-    r"|(?:未接|已错过的?)(?:语音|視訊|视频|語音)(?:通话|來電|来电).*|Missed (?:voice|video) call.*"
+    r"(?:这条|此|该|已)(?:删除此|刪除此)?(?:消息|訊息|讯息)?(?:已(?:被)?(?:删除|刪除))?[。.]?"
+    r"|(?:您|你)?(?:已)?(?:删除了?此|刪除了?此)(?:条)?(?:消息|訊息)[。.]?"
+    r"|This message was deleted\.?|You deleted this message\.?"
+    r"|Diese Nachricht wurde gelöscht\.?|Du hast diese Nachricht gelöscht\.?"
+    r"|Ce message a été supprimé\.?|Se eliminó este mensaje\.?|Esta mensagem foi apagada\.?"
+    r"|このメッセージは削除されました。?|삭제된 메시지입니다\.?"
+    r"|(?:未接|已错过的?)(?:语音|視訊|视频|語音)(?:通话|來電|来电).{0,20}"
+    r"|Missed (?:voice|video) call.{0,40}"
 )
-_EDITED = re.compile(r"\s*\u200e?<[^<>\n]*(?:已编辑|已編輯|edited)[^<>\n]*>\s*\Z")
+# 写在话之后的：编辑过、附件、文件名之后的“已省略”。
+_APPENDED = re.compile(r"(?: • )?\u200e(?:<[^<>\n]{1,80}>|[^\u200e\n]{0,40} omitted)")
 
 
 def _recognise(head: Head) -> str:
     headers = [line for line in head.lines[:60] if HEADER.fullmatch(line)]
     named = [line for line in headers if _SENDER.fullmatch(HEADER.fullmatch(line)["rest"])]
-    if named and 2 * len(headers) > min(len(head.lines), 60) / 2:
+    if named and 4 * len(headers) > min(len(head.lines), 60):
         return f"有 {named[0][:40]!r} 这样的行"
     return ""
 
@@ -69,7 +77,12 @@ def _message(header: re.Match, rest: str, line: int) -> Message:
     match = _SENDER.fullmatch(rest.lstrip("\u200e"))
     if match is None:
         return Message("", times, "", left_out="系统提示", line=line)
-    name, text = match["name"].strip("\u202a\u202c\u200e ~"), _EDITED.sub("", match["text"])
+    name = " ".join(match["name"].strip("\u202a\u202c\u200e\u202f ~").split())
+    if not name or '"' in name or "“" in name:  # 群名里有冒号的系统提示
+        return Message("", times, "", left_out="系统提示", line=line)
+    text = match["text"]
+    if not text.startswith("\u200e"):
+        text = _APPENDED.sub("", text)
     plain = text.strip("\u200e\u200f \n")
     left_out = ""
     if _DELETED.fullmatch(plain):
