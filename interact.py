@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from chitchat.architecture import check_vocab_size
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
+from chitchat.chat.terminal.keyboard import keep_keys, no_stop_key, stop_key
 from chitchat.chat.terminal.lines import read_lines
 from chitchat.chat.terminal.repl import Repl
 from chitchat.chat.transcript import Transcript
@@ -85,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N", help="每次生成 N 个候选再挑一个，最多 1000（默认 %(default)s）")  # fmt: skip
     add("--mmi_model_path", metavar="DIR",
         help="train.py --train_mmi 的反向模型，用来挑选候选；默认按候选自身的概率")  # fmt: skip
+    add(
+        "--no_input_history",
+        action="store_true",
+        help="不把在终端里打过的话记进 --save_samples_path 下的 .history（按 ↑ 找得到它们）",
+    )
     add("--debug", action="store_true", help="与 --num_candidates 同用：列出每个候选和它的分数")
     add("--input_path", type=Path, metavar="FILE",
         help="不聊天，给文件里的每段对话接上一句回复；格式与语料相同")  # fmt: skip
@@ -130,17 +136,17 @@ def suspend_key_ends_chat() -> Iterator[None]:
         signal.signal(signal.SIGTSTP, previous)
 
 
-def chat(repl: Repl, *, is_terminal: bool) -> None:
+def chat(repl: Repl, *, is_terminal: bool, history_path: Path | None) -> None:
     """一句接一句地聊，直到输入结束、/quit、Ctrl+D、Ctrl+C 或 Ctrl+Z。"""
     print(GREETING, flush=True)
-    with contextlib.closing(repl.transcript), suspend_key_ends_chat():
+    keys = keep_keys() if is_terminal else contextlib.nullcontext()
+    with contextlib.closing(repl.transcript), suspend_key_ends_chat(), keys:
         try:
-            for line in read_lines(is_terminal=is_terminal):
+            for line in read_lines(is_terminal=is_terminal, history_path=history_path):
                 if not repl.handle(line):
                     break
         except (EOFError, KeyboardInterrupt):
-            if is_terminal:
-                print()
+            return
 
 
 def model_paths(args: argparse.Namespace) -> list[str]:
@@ -327,9 +333,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         show=lambda piece: print(piece, end="", flush=True),
         # 不在终端里时，标准输出除了问候只有回复。
         tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
+        stop_key=stop_key if is_terminal else no_stop_key,
         is_debug=args.debug,
     )
-    chat(repl, is_terminal=is_terminal)
+    history_path = None if args.no_input_history else args.save_samples_dir / ".history"
+    chat(repl, is_terminal=is_terminal, history_path=history_path)
     loading.result()  # 一句话也没说时，读模型的毛病在这里报告
     return 0
 
