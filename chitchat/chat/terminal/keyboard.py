@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 @contextlib.contextmanager
@@ -57,3 +58,20 @@ def stop_key() -> Iterator[Callable[[], bool]]:
 def no_stop_key() -> Iterator[Callable[[], bool]]:
     """管道里没有这样的键：Ctrl+C 照旧结束整个聊天。"""
     yield lambda: False
+
+
+@contextlib.contextmanager
+def suspend_key_ends_chat() -> Iterator[None]:
+    """让 Ctrl+Z 像 Ctrl+D 一样结束聊天，而不是把程序挂到后台；没有 SIGTSTP 的系统上不变。"""
+
+    def end(signum: int, frame: object) -> NoReturn:
+        raise EOFError
+
+    if not hasattr(signal, "SIGTSTP"):
+        yield
+        return
+    previous = signal.signal(signal.SIGTSTP, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, previous)

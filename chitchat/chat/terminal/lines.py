@@ -27,9 +27,11 @@ def read_lines(*, is_terminal: bool, history_path: Path | None = None) -> Iterat
     Raises:
         UserError: 管道里的字不是 UTF-8、UTF-16 或 GB 18030；或没有装 prompt_toolkit。
     """
-    if is_terminal:
-        yield from _read_terminal(history_path)
-        return
+    return _read_terminal(history_path) if is_terminal else _read_pipe()
+
+
+def _read_pipe() -> Iterator[str]:
+    """一行标准输入是一句。"""
     buffer = getattr(sys.stdin, "buffer", None)  # 标准输入可能已关闭
     lines = (sys.stdin or ()) if buffer is None else _decode_lines(buffer)
     for number, line in enumerate(lines):
@@ -46,7 +48,7 @@ def _read_terminal(history_path: Path | None) -> Iterator[str]:
         raise UserError(
             "在终端里聊天要用 prompt_toolkit：请先运行 pip install prompt_toolkit"
         ) from None
-    yield from prompt_lines(history_path)
+    return prompt_lines(history_path)
 
 
 def _decode_lines(buffer: BinaryIO) -> Iterator[str]:
