@@ -13,8 +13,6 @@ if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
 import argparse
 import itertools
 import logging
-import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,10 +22,13 @@ from tqdm import tqdm
 
 from chitchat.cli import CliParser, bounded, configure_logging, run_cli
 from chitchat.corpus.check import CorpusCheck, save_length_histogram
-from chitchat.corpus.formats import READERS, Dialogue, ReadOptions
-from chitchat.corpus.reader import describe_source, filter_dialogues, read_source, total_size
+from chitchat.corpus.formats.base import Dialogue, ReadOptions
+from chitchat.corpus.reader import FORMAT_NAMES, filter_dialogues, read_source, total_size
 from chitchat.corpus.sources import Source, find_sources
+from chitchat.corpus.statistics import Statistics
+from chitchat.corpus.tally import Tally, describe_source, explain_nothing, speaker_lines
 from chitchat.errors import UserError
+from chitchat.files import find_shipped
 from chitchat.tokens.batch_encoder import DialogueEncoder, EncodedBatch
 from chitchat.tokens.token_writer import check_folder, open_writer
 from chitchat.tokens.tokenizer import (
@@ -47,6 +48,7 @@ from chitchat.tokens.vocabulary_learning import (
 logger = logging.getLogger("chitchat.preprocess")
 
 DIALOGUES_PER_BATCH = 1000
+MAX_SUMMARY_LINES = 40
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CliParser(description="把语料编码成训练数据")
     add_path_options(parser.add_argument_group("文件").add_argument)
     add_format_options(parser.add_argument_group("格式").add_argument)
+    add_log_options(parser.add_argument_group("聊天记录").add_argument)
     add_filter_options(parser.add_argument_group("检查与筛选").add_argument)
     add_vocab_options(parser.add_argument_group("词表").add_argument)
     return parser
@@ -68,7 +71,7 @@ def add_path_options(add: Callable) -> None:
     add("--log_path", **path, default=Path("data/preprocess.log"),
         help="日志文件，追加写入（默认 %(default)s）")
     add("--train_path", type=Path, metavar="FILE", nargs="+", default=[Path("data/train.txt")],
-        help="语料：一个或多个文件、文件夹或带 * 的写法，可以是 .gz、.zip、.zst"
+        help="语料：一个或多个文件、文件夹或带 * 的写法，可以是压缩包或 .xlsx，- 是标准输入"
         "（默认 %(default)s）")
     add("--save_path", type=Path, metavar="PATH", default=Path("data/train.pkl"),
         help="训练数据：以 .pkl 结尾是一个文件，否则是可映射进内存的文件夹，语料再大也只占"
@@ -78,18 +81,31 @@ def add_path_options(add: Callable) -> None:
 def add_format_options(add: Callable) -> None:
     """怎样读懂语料；名字与 ReadOptions 的字段相同。"""
     column = {"metavar": "NAME"}
-    add("--format", choices=["auto", *READERS], default="auto",
+    add("--format", choices=["auto", *FORMAT_NAMES], default="auto",
         help="语料的格式，auto 由文件名和内容认出；text 一行一句、空行分隔（默认 %(default)s）")
     add("--encoding", default="auto", metavar="NAME",
-        help="语料的编码，auto 在 UTF-8、UTF-16、GB 18030 里认出（默认 %(default)s）")
+        help="语料的编码，auto 在 UTF-8、UTF-16、GB 18030、Big5 等里认出（默认 %(default)s）")
     add("--split", default="train", metavar="NAME",
         help="JSON 里有几份时用哪一份（默认 %(default)s）")
     add("--text_column", **column, help="CSV 里文字的列名（默认由列名认出）")
     add("--dialogue_column", **column, help="CSV 里对话编号的列名，同号的是一段（默认由列名认出）")
     add("--speaker_column", **column, help="CSV 聊天记录里说话人的列名（默认由列名认出）")
     add("--time_column", **column, help="CSV 聊天记录里时间的列名（默认由列名认出）")
+
+
+def add_log_options(add: Callable) -> None:
+    """怎样把聊天记录变成对话；名字与 LogOptions 的字段相同。"""
     add("--gap_minutes", type=bounded(float, above=0), default=30, metavar="MINUTES",
-        help="聊天记录里沉默超过这么多分钟就另起一段对话（默认 %(default)s）")
+        help="沉默超过这么多分钟就另起一段对话（默认 %(default)s）")
+    add("--join_seconds", type=bounded(float, minimum=0), default=0, metavar="SECONDS",
+        help="同一人接连的消息相隔不超过这么多秒才接成一句，更久就另起一段，0 表示都接"
+        "（默认 %(default)s）")
+    add("--reply_speaker", metavar="NAME",
+        help="机器人要学的人：昵称、账号，或 me（导出记录的人）；对话都由别人开头、以他结尾"
+        "（默认谁都学）")
+    add("--list_speakers", action="store_true", help="只列出谁说了多少句话，不写训练数据")
+    add("--no_mask_private", dest="mask_private", action="store_false",
+        help="不要隐去电话、证件号、银行卡号、邮箱和网址（默认隐去）")
 
 
 def add_filter_options(add: Callable) -> None:
@@ -99,6 +115,8 @@ def add_filter_options(add: Callable) -> None:
     add("--plot", type=Path, metavar="PNG", help="把每段对话的 token 数画成直方图，存到这里")
     add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
         help="报告有多少对话超过它，与 train.py 的 --max_len 同义；不截断（默认 %(default)s）")
+    add("--clean", action="store_true",
+        help="清洗：去掉 @名字、话题、网址等，在没有汉字、与上句相同等的句子处切断（默认不洗）")
     add("--min_turns", type=bounded(int, minimum=1), default=1, metavar="N",
         help="不要少于 N 句的对话（默认 %(default)s）")
     add("--max_turns", type=optional_count, default=0, metavar="N",
@@ -118,7 +136,12 @@ def add_vocab_options(add: Callable) -> None:
 
 
 class Corpus:
-    """命令行所指的语料，可以从头读好几遍。"""
+    """命令行所指的语料，可以从头读好几遍。
+
+    Attributes:
+        sources: 要读的各个文件。
+        tallies: 最近一遍读到的各个文件的数目，次序与 sources 相同。
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.sources = find_sources(args.train_path, args.encoding)
@@ -126,29 +149,38 @@ class Corpus:
         self.options = ReadOptions(**{name: getattr(args, name) for name in names})
         names = ("min_turns", "max_turns", "max_dialogues", "drop_duplicates")
         self.filters = {name: getattr(args, name) for name in names}
+        self.tallies: list[Tally] = []
 
     def __iter__(self) -> Iterator[tuple[Source, Dialogue]]:
         """逐段读出、筛选，显示进度。"""
+        self.tallies = []
         size = total_size(self.sources)
-        current = self.sources[0]
         with tqdm(total=size, unit="B", unit_scale=True, desc="read", disable=None) as bar:
+            dialogues = filter_dialogues(self._read_all(bar, size), **self.filters)
+            yield from ((self.sources[len(self.tallies) - 1], dialogue) for dialogue in dialogues)
 
-            def read_all() -> Iterator[Dialogue]:
-                nonlocal current
-                finished = 0
-                for current in self.sources:
-                    position = 0
+    def _read_all(self, bar: tqdm, size: int) -> Iterator[Dialogue]:
+        finished = 0
+        for source in self.sources:
+            self.tallies.append(Tally())
+            position = 0
 
-                    def report(new: int, finished: int = finished) -> None:
-                        nonlocal position
-                        position = max(position, new)
-                        bar.update(min(size, finished + position) - bar.n)
+            def report(new: int, finished: int = finished) -> None:
+                nonlocal position
+                position = max(position, new)
+                bar.update(min(size, finished + position) - bar.n)
 
-                    yield from read_source(current, self.options, report)
-                    finished += position
+            yield from read_source(source, self.options, self.tallies[-1], report)
+            finished += position
 
-            for dialogue in filter_dialogues(read_all(), **self.filters):
-                yield current, dialogue
+    def summary(self) -> list[str]:
+        """每个来源当作了什么、凭什么，聊天记录里留下和没有留下的各有多少。"""
+        found = zip(self.sources, self.tallies, strict=False)
+        lines = [line for source, tally in found for line in describe_source(source, tally)]
+        if len(lines) > MAX_SUMMARY_LINES:
+            more = len(lines) - MAX_SUMMARY_LINES
+            lines = [*lines[:MAX_SUMMARY_LINES], f"……还有 {more:,} 行，用 --check 逐个文件看"]
+        return lines
 
 
 Batch = list[tuple[Source, Dialogue]]
@@ -160,49 +192,6 @@ def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[Batch,
     dialogues = iter(corpus)
     while batch := list(itertools.islice(dialogues, DIALOGUES_PER_BATCH)):
         yield batch, encoder.encode([dialogue.utterances for _, dialogue in batch])
-
-
-class Statistics:
-    """一边编码一边记的数目；内存只随不同的长度数增长。"""
-
-    def __init__(self, unk_id: int) -> None:
-        self.unk_id = unk_id
-        self.lengths: Counter[int] = Counter()
-        self.num_utterances = self.num_unk = 0
-
-    def add(self, batch: Batch, encoded: EncodedBatch) -> None:
-        """记下一批。"""
-        self.lengths.update(encoded.lengths.tolist())
-        self.num_utterances += sum(len(dialogue.utterances) for _, dialogue in batch)
-        self.num_unk += int((encoded.tokens == self.unk_id).sum())
-
-    @property
-    def num_tokens(self) -> int:
-        """token 总数。"""
-        return sum(length * count for length, count in self.lengths.items())
-
-    def log(self, max_len: int) -> None:
-        """写出语料的概况，每项一行。"""
-        num_dialogues, num_tokens = self.lengths.total(), self.num_tokens
-        ordered = sorted(self.lengths)
-        ranks = list(itertools.accumulate(self.lengths[length] for length in ordered))
-        middle = [
-            next(length for length, rank in zip(ordered, ranks, strict=True) if rank > position)
-            for position in ((num_dialogues - 1) // 2, num_dialogues // 2)
-        ]
-        logger.info("dialogues=%d", num_dialogues)
-        logger.info("utterances=%d", self.num_utterances)
-        logger.info("tokens=%d", num_tokens)
-        logger.info(
-            "length_mean=%.1f length_median=%g length_max=%d",
-            num_tokens / num_dialogues,
-            statistics.mean(middle),
-            ordered[-1],
-        )
-        share = 100 * self.num_unk / num_tokens
-        logger.info("unk_tokens=%d unk_share=%.4f%%", self.num_unk, share)
-        too_long = sum(count for length, count in self.lengths.items() if length > max_len)
-        logger.info("dialogues_longer_than_%d=%d", max_len, too_long)
 
 
 def make_vocab(args: argparse.Namespace, corpus: Corpus) -> None:
@@ -219,16 +208,17 @@ def make_vocab(args: argparse.Namespace, corpus: Corpus) -> None:
     logger.info("vocab=%s vocab_size=%d", args.vocab_path, len(vocab))
 
 
-def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> CorpusCheck:
+def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> Statistics:
     """读完语料，把读懂了什么打印到标准输出。"""
-    result = CorpusCheck(tokenizer, max_len)
+    result = Statistics(special_ids(tokenizer).unk)
+    findings = CorpusCheck(tokenizer, max_len, result)
     for batch, encoded in encode_corpus(corpus, tokenizer):
+        result.add([dialogue for _, dialogue in batch], encoded)
         for (source, dialogue), token_ids in zip(batch, encoded.rows(), strict=True):
-            result.add(dialogue, token_ids, source.name)
-    if result.lengths:
-        for source in corpus.sources:
-            print(describe_source(source, corpus.options))
-        print("\n".join(result.report()))
+            findings.add(dialogue, token_ids, source.name)
+    print("\n".join(corpus.summary()))
+    check_not_empty(corpus, result)
+    print("\n".join(findings.report(corpus.tallies)))
     return result
 
 
@@ -246,20 +236,28 @@ def save(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> Stat
     with open_writer(args.save_path, vocab_size, meta) as writer:
         for batch, encoded in encode_corpus(corpus, tokenizer):
             writer.write(encoded)
-            result.add(batch, encoded)
-        check_not_empty(args, result.lengths)
-        meta["dialogues"] = result.lengths.total()
+            result.add([dialogue for _, dialogue in batch], encoded)
+        check_not_empty(corpus, result)
+        meta["dialogues"] = result.num_dialogues
         meta["utterances"], meta["tokens"] = result.num_utterances, result.num_tokens
+    print("\n".join(corpus.summary()))
+    for warning in (text for tally in corpus.tallies for text in tally.warnings):
+        logger.warning("%s", warning)
     return result
 
 
-def check_not_empty(args: argparse.Namespace, lengths: Counter[int]) -> None:
-    """一段对话也没有时报错。"""
-    if not lengths:
-        raise UserError(
-            f"{'、'.join(map(str, args.train_path))} 里没有对话：文件是空的、只有空白，"
-            "或都被 --min_turns、--max_turns 筛掉了；请写入一行一句、空行分隔的对话"
-        )
+def list_speakers(corpus: Corpus) -> None:
+    """把各个来源里谁说了多少打印到标准输出。"""
+    for _ in corpus:
+        pass
+    for source, tally in zip(corpus.sources, corpus.tallies, strict=True):
+        print("\n".join([*describe_source(source, tally), *speaker_lines(tally)]))
+
+
+def check_not_empty(corpus: Corpus, result: Statistics) -> None:
+    """一段对话也没有时报错，说明丢在了哪一步。"""
+    if not result.num_dialogues:
+        raise UserError(explain_nothing(corpus.sources, corpus.tallies, corpus.filters))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,15 +269,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = Corpus(args)
     if args.save_path.suffix != ".pkl" and not args.check:
         check_folder(args.save_path)
+    if args.list_speakers:
+        list_speakers(corpus)
+        return 0
     if args.build_vocab or args.bert_vocab:
         make_vocab(args, corpus)
+    args.vocab_path = find_shipped(args.vocab_path)
     tokenizer = load_tokenizer(args.vocab_path)
     if args.check:
         result = check(corpus, tokenizer, args.max_len)
-        check_not_empty(args, result.lengths)
     else:
         result = save(args, corpus, tokenizer)
-        result.log(args.max_len)
+        for line in result.log_lines(args.max_len):
+            logger.info("%s", line)
         logger.info("saved=%s", args.save_path)
     if args.plot:
         save_length_histogram(args.plot, result.lengths, args.max_len)

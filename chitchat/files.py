@@ -19,6 +19,18 @@ DISK_ERRORS = ("inline_container", "PytorchStreamWriter", "I/O error")
 LEFTOVER_OWNER = re.compile(r"(\d+@[A-Za-z0-9-]*)?")  # 临时文件名里的“进程号@主机”
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_shipped(path: Path) -> Path:
+    """相对路径在当前文件夹里没有、项目里有时，是项目里的那一个；否则原样。
+
+    从别的文件夹运行脚本时，默认的词表和结构因此也找得到。
+    """
+    shipped = ROOT / path
+    return shipped if not path.exists() and shipped.exists() else path
+
+
 def check_writable(directory: Path) -> None:
     """不能写的文件夹现在就报告，而不是做完了再说；没有就创建，失败时抛出 OSError。"""
     directory.mkdir(parents=True, exist_ok=True)

@@ -204,3 +204,10 @@ def test_unwritable_default_log_does_not_stop_the_work(train_path, vocab_path, t
     assert capsys.readouterr().err.count("警告：日志 data/preprocess.log 打不开") == 1
     with pytest.raises(OSError, match="data"):
         main([*options, "--save_path", str(tmp_path / "t2.pkl"), "--log_path", "data/mine.log"])
+
+
+def test_default_vocabulary_is_found_from_any_folder(train_path, tmp_path, monkeypatch):
+    train_path.write_text(LF, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--train_path", str(train_path), "--save_path", "t.pkl"]) == 0
+    assert len(load_plainly(tmp_path / "t.pkl")) == len(DIALOGUES)

@@ -1,5 +1,6 @@
 """人们手里的东西 → 对话：进来的是文件、文件夹、压缩包，出去的是一段段 ``list[str]``。
 
-读的次序：sources（找到文件、认出编码）、formats（认出格式、读成对话）、chat_logs（消息拼成对话）、
-reader（逐个来源读出并筛选）、check（--check 的报告）。
+读的次序：sources、containers、generated、encodings（找到文件、打开、认编码），detection 与 formats/
+（认格式、读成对话或消息），times、messages、privacy、sorting、chat_logs（消息变成对话），cleaning、
+reader（逐个来源读出、清洗、筛选），tally、statistics、check（数出来的和报告）。
 """

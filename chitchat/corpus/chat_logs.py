@@ -1,160 +1,232 @@
-"""聊天记录：把一条条带时间和说话人的消息变成对话。"""
+"""聊天记录：把一条条消息变成对话。
+
+消息先存进临时的 SQLite 库，由它按聊天和时刻排好，因此次序乱、几个聊天交错都不要紧，
+内存也不随消息数增长。
+"""
 
 from __future__ import annotations
 
-import re
+import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import NamedTuple
+from dataclasses import dataclass
 
-# 不是话的消息：整条丢掉，或从话里去掉这一截。微信的 [捂脸] 之类是话的一部分，留着。
-_MEDIA = re.compile(
-    r"\[(?:图片|照片|动画表情|表情|自定义表情|贴纸|语音|语音通话|视频|视频通话|短视频|小视频"
-    r"|文件|位置|链接"
-    r"|分享"
-    r"|名片|红包|QQ红包|微信红包|转账|聊天记录|闪照|卡片消息|小程序|音乐|戳一戳|窗口抖动|拍一拍|未知|Image|Photo"
-    r"|Video|Voice|Sticker|File)\]"
-    r"|<img[^>]*>"
-)
-_SYSTEM = re.compile(
-    r"撤回了一条消息|撤回了一則訊息|recalled a message"
-    r"|加入了?(?:本群|群聊)|退出了?(?:本群|群聊)|修改群名为"
-    r"|拍了拍|领取了.*红包|以上是打招呼的内容|开启了朋友验证|你已添加了|现在可以开始聊天了|消息已发出，但被对方拒收了"
-    r"|向你发送了?一个窗口抖动|请使用最新版(?:手机)?QQ|通话时长|已取消$|对方已取消|^\s*<\?xml|^\s*<msg"
-)
-_GROUP_PREFIX = re.compile(r"\A[\w@.-]+:\r?\n")  # 微信群消息的正文以“账号:换行”开头
-_TIME_FORMATS = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %I:%M:%S %p")
+from chitchat.corpus.messages import Message, clean_message, join_messages
+from chitchat.corpus.privacy import mask_private
+from chitchat.corpus.sorting import temporary_database
+from chitchat.corpus.tally import Tally
+
+ME = "me"  # --reply_speaker me：导出记录的人
 
 
-class Message(NamedTuple):
-    """一条消息。
+@dataclass(frozen=True)
+class LogOptions:
+    """怎样把消息变成对话，名字与命令行参数相同。
 
     Attributes:
-        chat: 属于哪个聊天；不同聊天的消息可以交错。
-        speaker: 说话人。
-        time: 发送时刻；None 表示不知道。
-        text: 正文。
-        line: 在文件里的行号。
+        gap_minutes: 沉默超过这么多分钟就另起一段对话。
+        join_seconds: 同一人接连的消息相隔不超过这么多秒才接成一句，更久就另起一段；0 表示都接。
+        reply_speaker: 机器人要学的人：昵称、账号或 ``me``；None 表示谁都学。
+        mask_private: 隐去电话、证件号、银行卡号、邮箱、网址。
     """
 
-    chat: str
-    speaker: str
-    time: datetime | None
+    gap_minutes: float = 30
+    join_seconds: float = 0
+    reply_speaker: str | None = None
+    mask_private: bool = True
+
+
+@dataclass
+class _Turn:
+    """一个人接连说的话，已接成一句。"""
+
+    speaker: int
     text: str
     line: int
 
 
-@dataclass
-class _Open:
-    """还没有结束的一段对话。"""
-
-    utterances: list[str] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    speaker: str | None = None
-    time: datetime | None = None
-
-
-def parse_time(text: str) -> datetime | None:
-    """读出时刻：年月日时分秒，或自 1970 年起的秒数、毫秒数；读不出时返回 None。"""
-    text = text.strip().replace("/", "-").replace("T", " ")
-    if text.isascii() and text.isdecimal() and len(text) >= 9:
-        seconds = int(text) / (1000 if len(text) >= 12 else 1)
-        try:
-            return datetime(1970, 1, 1) + timedelta(seconds=seconds)
-        except OverflowError:
-            return None
-    for form in _TIME_FORMATS:
-        try:
-            return datetime.strptime(text, form)
-        except ValueError:
-            continue
-    return None
-
-
-def clean_message(text: str) -> str:
-    """去掉图片、表情包、撤回与系统提示；什么也不剩时返回空串。"""
-    text = _GROUP_PREFIX.sub("", text)
-    if _SYSTEM.search(text):
-        return ""
-    return " ".join(_MEDIA.sub(" ", text).split())
-
-
-def join_messages(messages: list[str]) -> str:
-    """把一个人接连发的几条消息接成一句：汉字之后加逗号，其余加空格。"""
-    joined = messages[0]
-    for message in messages[1:]:
-        joined += ("，" if "\u4e00" <= joined[-1] <= "\u9fff" else " ") + message
-    return joined
+Utterances = tuple[list[str], list[int]]
+"""一段对话的各句，以及它们的行号。"""
 
 
 def build_dialogues(
-    messages: Iterable[Message], gap_minutes: float
-) -> Iterator[tuple[list[str], list[int]]]:
+    messages: Iterable[Message], options: LogOptions, tally: Tally
+) -> Iterator[Utterances]:
     """把消息变成对话：接起同一人接连的消息，沉默太久就另起一段，只有一个人说话的不要。
 
-    群聊里每换一个人算一句；各个聊天互不相干。
+    群聊里每换一个人算一句；给了 reply_speaker 时，除他以外的人算一方。各个聊天互不相干。
+    所有的消息读完才给出第一段。
 
     Args:
-        messages: 按时间排列。
-        gap_minutes: 沉默超过这么多分钟就另起一段对话。
-
-    Yields:
-        一段对话的各句，以及它们的行号。
+        messages: 次序不限；没有时刻的算在前一条的时刻。
+        options: 怎样分段。
+        tally: 记下各种数目。
     """
-    gap = timedelta(minutes=gap_minutes)
-    open_dialogues: dict[str, _Open] = {}
-    for message in messages:
-        text = clean_message(message.text)
-        if not text:
+    with temporary_database(*_TABLES) as database:
+        store = _Store(database)
+        store.fill(messages, options, tally)
+        for turns in store.sessions(options):
+            found = turns
+            if options.reply_speaker is not None:
+                found = _alternate(turns, store.speakers_called(options.reply_speaker))
+                tally.num_unanswered += len(turns) - len(found)
+            if len(found) > 1:
+                yield [turn.text for turn in found], [turn.line for turn in found]
+            else:
+                tally.num_alone += len(turns) == 1
+
+
+def _alternate(turns: list[_Turn], wanted: set[int]) -> list[_Turn]:
+    """两方交替，由别人开头，以 wanted 里的人结尾；别人接连的话接成一句。"""
+    sides: list[_Turn] = []
+    for turn in turns:
+        side = int(turn.speaker in wanted)
+        if not sides and side:
             continue
-        current = open_dialogues.setdefault(message.chat, _Open())
-        if message.time and current.time and message.time - current.time > gap:
-            if len(current.utterances) > 1:
-                yield current.utterances, current.lines
-            current = open_dialogues[message.chat] = _Open()
-        if message.speaker == current.speaker:
-            current.utterances[-1] = join_messages([current.utterances[-1], text])
+        if sides and sides[-1].speaker == side:
+            sides[-1].text = join_messages([sides[-1].text, turn.text])
         else:
-            current.utterances.append(text)
-            current.lines.append(message.line)
-        current.speaker, current.time = message.speaker, message.time or current.time
-    for current in open_dialogues.values():
-        if len(current.utterances) > 1:
-            yield current.utterances, current.lines
+            sides.append(_Turn(side, turn.text, turn.line))
+    if sides and not sides[-1].speaker:
+        sides.pop()
+    return sides
 
 
-QQ_HEADER = re.compile(
-    r"(?P<time>\d{4}[-/]\d{1,2}[-/]\d{1,2} \d{1,2}:\d{2}(?::\d{2})?(?: [AP]M)?)\s+(?P<speaker>\S.*)"
+_TABLES = (
+    "CREATE TABLE messages"
+    " (n INTEGER PRIMARY KEY, chat, speaker, month_first, day_first, text, line)",
+    "CREATE TABLE descending (chat)",
 )
-_QQ_ACCOUNT = re.compile(r"[(<（]([^()<>（）]+)[)>）]\s*\Z")
-_QQ_SYSTEM_ACCOUNTS = ("10000", "1000000", "系统消息")
 
 
-def read_qq_messages(lines: Iterable[str]) -> Iterator[Message]:
-    """QQ 导出的文本：``2023-01-02 20:15:30 昵称(号码)`` 一行，下面是正文。"""
-    chat, header, number = "", None, 0
-    body: list[str] = []
-    for line_number, line in enumerate(lines, 1):
-        match = QQ_HEADER.fullmatch(line.strip())
-        is_border = line.startswith(("消息对象:", "消息对象：", "消息分组:", "消息分组：", "====="))
-        if (match or is_border) and header:
-            yield from _qq_message(chat, header, body, number)
-            header = None
-        if match:
-            header, number, body = match, line_number, []
-        elif is_border and line.startswith("消息对象"):
-            chat = line.strip()
-        elif header:
-            body.append(line)
-    if header:
-        yield from _qq_message(chat, header, body, number)
+class _Store:
+    """排消息用的临时库。"""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self.database = database
+        self.chats: dict[str, int] = {}
+        self.speakers: dict[tuple[str, bool], int] = {}
+        self.names: dict[str, set[int]] = {}
+
+    def fill(self, messages: Iterable[Message], options: LogOptions, tally: Tally) -> None:
+        """存进全部消息，去掉不是话的；认定日期的次序，记下每个聊天是不是倒着排的。"""
+        order = _Order()
+        self.database.executemany(
+            "INSERT INTO messages (chat, speaker, month_first, day_first, text, line)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            self._rows(messages, options, tally, order),
+        )
+        self.column = "day_first" if order.is_day_first() else "month_first"
+        reading = order.readings[self.column]
+        tally.num_chats = len(self.chats)
+        tally.first, tally.last = reading.first, reading.last
+        self.database.executemany(
+            "INSERT INTO descending VALUES (?)",
+            [(chat,) for chat, steps in reading.steps.items() if steps < 0],
+        )
+
+    def _rows(
+        self, messages: Iterable[Message], options: LogOptions, tally: Tally, order: _Order
+    ) -> Iterator[tuple]:
+        for message in messages:
+            tally.num_messages += 1
+            if reason := message.left_out:
+                tally.left_out[reason] += 1
+                continue
+            text, reason = clean_message(message.text, has_type=message.has_type)
+            if text and options.mask_private:
+                text = mask_private(text, tally.private)
+            if not text:
+                tally.left_out[reason or "链接卡片"] += 1
+                continue
+            chat = self.chats.setdefault(message.chat, len(self.chats))
+            key = (message.speaker, message.is_me)
+            speaker = self.speakers.setdefault(key, len(self.speakers))
+            for name in (message.speaker, message.name, ME if message.is_me else ""):
+                if name:
+                    self.names.setdefault(name, set()).add(speaker)
+            tally.speakers[key] += 1
+            tally.names[key] = message.name or message.speaker
+            tally.num_untimed += not message.times
+            yield (chat, speaker, *order.add(chat, message.times), text, message.line)
+
+    def speakers_called(self, name: str) -> set[int]:
+        """叫这个名字的人：昵称或账号相同，或 ``me``。"""
+        return self.names.get(name, set())
+
+    def sessions(self, options: LogOptions) -> Iterator[list[_Turn]]:
+        """按聊天和时刻给出各段，同一人接连的消息已接成一句。"""
+        rows = self.database.execute(
+            f"SELECT chat, speaker, {self.column}, text, line FROM messages"
+            f" ORDER BY chat, {self.column},"
+            " CASE WHEN chat IN (SELECT chat FROM descending) THEN -n ELSE n END"
+        )
+        turns: list[_Turn] = []
+        last_chat, last_time = -1, None
+        for chat, speaker, time, text, line in rows:
+            silence = time - last_time if None not in (time, last_time) else 0
+            is_same = bool(turns) and turns[-1].speaker == speaker
+            too_long = is_same and options.join_seconds and silence > options.join_seconds
+            if turns and (chat != last_chat or silence > 60 * options.gap_minutes or too_long):
+                yield turns
+                turns, is_same = [], False
+            if is_same:
+                turns[-1].text = join_messages([turns[-1].text, text])
+            else:
+                turns.append(_Turn(speaker, text, line))
+            last_chat, last_time = chat, time
+        if turns:
+            yield turns
 
 
-def _qq_message(chat: str, header: re.Match, body: list[str], line: int) -> Iterator[Message]:
-    """一条消息；系统消息不给出。号码比昵称可靠：人会改昵称。"""
-    name = header["speaker"].strip()
-    account = _QQ_ACCOUNT.search(name)
-    speaker = account[1] if account else name
-    if speaker not in _QQ_SYSTEM_ACCOUNTS:
-        yield Message(chat, speaker, parse_time(header["time"]), "\n".join(body), line)
+class _Reading:
+    """日期的一种读法：每个聊天里时刻向前、向后走了几步。"""
+
+    def __init__(self) -> None:
+        self.latest: dict[int, float] = {}
+        self.steps: dict[int, int] = {}
+        self.num_forward = self.num_back = 0
+        self.num_impossible = 0
+        self.first: float | None = None
+        self.last: float | None = None
+
+    def add(self, chat: int, time: float | None) -> float | None:
+        """记下一个时刻；不知道时算在前一条的时刻。"""
+        before = self.latest.get(chat)
+        if time is None:
+            return before
+        if before is not None and time != before:
+            self.steps[chat] = self.steps.get(chat, 0) + (1 if time > before else -1)
+            self.num_forward += time > before
+            self.num_back += time < before
+        self.latest[chat] = time
+        self.first = time if self.first is None else min(self.first, time)
+        self.last = time if self.last is None else max(self.last, time)
+        return time
+
+
+class _Order:
+    """日期有歧义时，由全部消息认定是月在前还是日在前。"""
+
+    def __init__(self) -> None:
+        self.readings = {"month_first": _Reading(), "day_first": _Reading()}
+
+    def add(self, chat: int, times: tuple) -> tuple[float | None, float | None]:
+        """记下一个时刻的各种读法，返回两种读法下的秒数。"""
+        month_first = times[0] if times else None
+        day_first = times[-1] if times else None
+        for reading, time in zip(self.readings.values(), (month_first, day_first), strict=True):
+            reading.num_impossible += bool(times) and time is None
+        return (
+            self.readings["month_first"].add(chat, month_first),
+            self.readings["day_first"].add(chat, day_first),
+        )
+
+    def is_day_first(self) -> bool:
+        """不可能的日期少的那种对；一样多时，看哪种更像一路向前或一路向后；再看哪种前后相隔更短。"""
+        month_first, day_first = self.readings.values()
+
+        def badness(reading: _Reading) -> tuple[int, int, float]:
+            turns = min(reading.num_back, reading.num_forward)
+            return reading.num_impossible, turns, (reading.last or 0) - (reading.first or 0)
+
+        return badness(day_first) <= badness(month_first)

@@ -1,4 +1,4 @@
-"""检查语料：不写任何东西，数出读懂了什么，找出可疑的地方，给出建议。"""
+"""--check：逐段看可疑之处，给出建议。"""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from chitchat.corpus.formats import Dialogue
+from chitchat.corpus.formats.base import Dialogue
+from chitchat.corpus.statistics import Statistics
+from chitchat.corpus.tally import Tally
 from chitchat.errors import UserError
 from chitchat.files import atomic_file
 from chitchat.tokens.tokenizer import decode_response, special_ids
 
 MAX_PLACES = 3  # 每种可疑之处举几个例子
 LONG_UTTERANCE = 500  # 字符数
+_FINE = "没有发现要处理的地方，可以去掉 --check 正式运行"
 _LETTER = re.compile(r"[^\W_]")
 SUSPICIONS = {
     # UTF-8 被当作 Latin-1 或 GBK 解读过、替换字符、私用区
@@ -31,14 +34,12 @@ SUSPICIONS = {
 
 @dataclass
 class CorpusCheck:
-    """一边读一边记的统计；内存只随不同的句子数增长（每句一个 64 位散列值）。"""
+    """--check：在统计之外，逐段看可疑之处；内存只随不同的句子数增长（每句一个 64 位散列值）。"""
 
     tokenizer: Tokenizer
     max_len: int
-    lengths: Counter[int] = field(default_factory=Counter)  # token 数 -> 对话数
-    turns: Counter[int] = field(default_factory=Counter)  # 句数 -> 对话数
+    statistics: Statistics
     unknown: Counter[str] = field(default_factory=Counter)
-    num_unk: int = 0
     num_repeated_dialogues: int = 0
     num_repeated_utterances: int = 0
     suspicions: Counter[str] = field(default_factory=Counter)
@@ -46,6 +47,7 @@ class CorpusCheck:
     first: list[list[int]] = field(default_factory=list)
     seen_dialogues: set[int] = field(default_factory=set)
     seen_utterances: set[int] = field(default_factory=set)
+    num_seen: int = 0
 
     def add(self, dialogue: Dialogue, token_ids: list[int], name: str) -> None:
         """记下一段对话。
@@ -55,8 +57,7 @@ class CorpusCheck:
             token_ids: 它的编码，含 [CLS] 与各 [SEP]。
             name: 所在文件的名字。
         """
-        self.lengths[len(token_ids)] += 1
-        self.turns[len(dialogue.utterances)] += 1
+        self.num_seen += 1
         if len(self.first) < 2:
             self.first.append(token_ids)
         keys = [hash(utterance) for utterance in dialogue.utterances]
@@ -66,8 +67,7 @@ class CorpusCheck:
         for key in keys:
             self.num_repeated_utterances += key in self.seen_utterances
             self.seen_utterances.add(key)
-        if num_unk := token_ids.count(special_ids(self.tokenizer).unk):
-            self.num_unk += num_unk
+        if special_ids(self.tokenizer).unk in token_ids:
             for utterance in dialogue.utterances:
                 self._count_unknown(utterance)
         for index, utterance in enumerate(dialogue.utterances):
@@ -75,7 +75,9 @@ class CorpusCheck:
                 self.suspicions[suspicion] += 1
                 places = self.places.setdefault(suspicion, [])
                 if len(places) < MAX_PLACES:
-                    places.append(f"{name} {_where(dialogue, index, self.turns)}：{utterance[:30]}")
+                    places.append(
+                        f"{name} {_where(dialogue, index, self.num_seen)}：{utterance[:30]}"
+                    )
 
     def _count_unknown(self, utterance: str) -> None:
         """记下这一句里词表没有的字；一个词只有个别字不认得时只记那几个字。"""
@@ -91,28 +93,28 @@ class CorpusCheck:
         known = self.tokenizer.token_to_id
         return known(char) is not None or known(f"##{char}") is not None
 
-    def report(self) -> list[str]:
+    def report(self, tallies: Sequence[Tally]) -> list[str]:
         """给用户看的各行。"""
-        num_dialogues = self.lengths.total()
-        num_utterances = sum(turns * count for turns, count in self.turns.items())
-        num_tokens = sum(length * count for length, count in self.lengths.items())
-        num_long = sum(count for length, count in self.lengths.items() if length > self.max_len)
+        found = self.statistics
+        num_long = found.num_longer_than(self.max_len)
         lines = [
-            f"对话 {num_dialogues:,} 段，共 {num_utterances:,} 句、{num_tokens:,} 个 token",
-            f"每段句数：{_quantiles(self.turns)}",
-            f"每段 token 数：{_quantiles(self.lengths)}",
-            f"超过 --max_len {self.max_len} 而要截断的：{_share(num_long, num_dialogues)}",
-            f"[UNK]：{_share(self.num_unk, num_tokens)}"
+            f"对话 {found.num_dialogues:,} 段，共 {found.num_utterances:,} 句、"
+            f"{found.num_tokens:,} 个 token",
+            f"每段句数：{_quantiles(found.turns)}",
+            f"每段 token 数：{_quantiles(found.lengths)}",
+            f"超过 --max_len {self.max_len} 的：{_share(num_long, found.num_dialogues)}",
+            f"[UNK]：{_share(found.num_unk, found.num_tokens)}"
             + "".join(f"  {char!r}×{count}" for char, count in self.unknown.most_common(10)),
-            f"重复的对话：{_share(self.num_repeated_dialogues, num_dialogues)}",
-            f"重复的句子：{_share(self.num_repeated_utterances, num_utterances)}",
+            f"重复的对话：{_share(self.num_repeated_dialogues, found.num_dialogues)}",
+            f"重复的句子：{_share(self.num_repeated_utterances, found.num_utterances)}",
         ]
         for suspicion, count in self.suspicions.most_common():
-            lines.append(f"可疑（{suspicion}）：{_share(count, num_utterances)}")
+            lines.append(f"可疑（{suspicion}）：{_share(count, found.num_utterances)}")
             lines += [f"    {place!s}" for place in map(_printable, self.places[suspicion])]
         for number, token_ids in enumerate(self.first, 1):
             lines.append(f"第 {number} 段按这样训练：{self._as_trained(token_ids)}")
-        return lines + [f"建议：{advice}" for advice in self._advice(num_long, num_dialogues)]
+        warnings = [warning for tally in tallies for warning in tally.warnings]
+        return lines + [f"建议：{advice}" for advice in [*warnings, *self._advice()] or [_FINE]]
 
     def _as_trained(self, token_ids: Sequence[int]) -> str:
         """截断之后、标出特殊 token 的样子。"""
@@ -130,24 +132,27 @@ class CorpusCheck:
                 text.append(token_id)
         return "".join([*parts, decode_response(self.tokenizer, text)])
 
-    def _advice(self, num_long: int, num_dialogues: int) -> list[str]:
-        num_single = self.turns[1]
+    def _advice(self) -> list[str]:
+        found = self.statistics
         advice = []
-        if num_single:
+        if num_single := found.turns[1]:
             advice.append(f"{num_single:,} 段对话只有一句话，可用 --min_turns 2 去掉")
         if self.num_repeated_dialogues:
             repeated = f"{self.num_repeated_dialogues:,}"
             advice.append(f"{repeated} 段对话与前面的完全相同，可用 --drop_duplicates 去掉")
-        if 20 * num_long > num_dialogues:
+        num_long = found.num_longer_than(self.max_len)
+        if 20 * num_long > found.num_dialogues:
             advice.append(
                 f"{num_long:,} 段对话比 --max_len {self.max_len} 长，"
-                "训练时可把 train.py 的 --max_len 调大"
+                "训练时会切成几截，可把 train.py 的 --max_len 调大"
             )
-        if 100 * self.num_unk > sum(n * count for n, count in self.lengths.items()):
+        if 100 * found.num_unk > found.num_tokens:
             advice.append("[UNK] 超过百分之一，可用 --build_vocab 13317 由语料学一份词表")
         if self.suspicions["乱码"]:
             advice.append("有乱码，请看看上面几行；若整篇如此，用 --encoding 指定真正的编码")
-        return advice or ["没有发现要处理的地方，可以去掉 --check 正式运行"]
+        if others := [name for name in self.suspicions if name != "乱码"]:
+            advice.append(f"有可疑的句子（{'、'.join(others)}），请看看上面几行，可用 --clean 清洗")
+        return advice
 
 
 def find_suspicions(utterance: str) -> list[str]:
@@ -160,10 +165,10 @@ def find_suspicions(utterance: str) -> list[str]:
     return found
 
 
-def _where(dialogue: Dialogue, index: int, turns: Counter[int]) -> str:
-    if dialogue.lines:
+def _where(dialogue: Dialogue, index: int, number: int) -> str:
+    if dialogue.lines and dialogue.lines[index]:
         return f"第 {dialogue.lines[index]} 行"
-    return f"第 {turns.total()} 段"
+    return f"第 {number} 段"
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""语料：从各种格式的文件里逐段读出对话，并按要求筛选。"""
+"""语料：逐个来源认出格式、读出对话，并按要求筛选。"""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from chitchat.corpus.formats import READERS, Dialogue, ReadOptions, detect_format
+from chitchat.corpus.chat_logs import build_dialogues
+from chitchat.corpus.cleaning import Cleaner
+from chitchat.corpus.detection import FORMAT_NAMES, detect_format, format_of
+from chitchat.corpus.formats.base import Dialogue, Head, ReadOptions
+from chitchat.corpus.messages import Message
 from chitchat.corpus.sources import Source, find_sources
+from chitchat.corpus.tally import Tally
 from chitchat.errors import UserError
 
-HEAD_CHARS = 1 << 12  # 认格式时看多少
+__all__ = ["FORMAT_NAMES", "filter_dialogues", "read_dialogues", "read_source", "total_size"]
+
+ONE_DIALOGUE = 200  # 认作一行一句的文本只有一段、却有这么多句，就是忘了空行
 
 
 def read_dialogues(
@@ -23,54 +30,88 @@ def read_dialogues(
         UserError: 找不到文件，内容不合格式，或有不合编码的字节（指出行号）。
     """
     for source in find_sources([path]):
-        for dialogue in read_source(source, ReadOptions(), report):
+        for dialogue in read_source(source, ReadOptions(), report=report):
             yield dialogue.utterances
 
 
 def read_source(
-    source: Source, options: ReadOptions, report: Callable[[int], None] = lambda position: None
+    source: Source,
+    options: ReadOptions,
+    tally: Tally | None = None,
+    report: Callable[[int], None] = lambda position: None,
 ) -> Iterator[Dialogue]:
     """逐段读出一个文件里的对话，内存里只有当前一段。
 
     Args:
         source: find_sources 给出的文件。
         options: 格式等选项。
+        tally: 记下各种数目；None 表示不记。
         report: 以已读的字节数调用，用来显示进度。
 
     Raises:
         UserError: 内容不合格式，或有不合编码的字节。
     """
-    reader = READERS[source_format(source, options)]
-    with source.open(report) as file:
-        try:
-            yield from reader(file, options)
-        except csv.Error as error:
-            raise UserError(f"{source.name} 不是完整的 CSV（{error}）：请重新导出") from error
-        except UserError as error:
-            raise UserError(f"{source.name}：{error}") from error
+    tally = Tally() if tally is None else tally
+    try:
+        head = Head(source.name, source.suffix, source.open)
+        if options.format == "auto":
+            tally.format, tally.why, tally.warnings = detect_format(head)
+        else:
+            tally.format, tally.why = options.format, "由 --format 指定"
+        found = format_of(tally.format)
+        with source.open(report) as file:
+            items = iter(found.read(file, options, head))
+            first = next(items, None)
+            tally.is_log = found.is_log or isinstance(first, Message)
+            if first is not None:
+                items = itertools.chain([first], items)
+            yield from _dialogues(items, options, tally)
+            ends = file.newlines or ()
+            tally.newlines = (ends,) if isinstance(ends, str) else ends
+    except csv.Error as error:
+        raise UserError(f"{source.name} 不是完整的 CSV（{error}）：请重新导出") from error
+    except UserError as error:
+        is_named = str(error).startswith(source.name)
+        raise error if is_named else UserError(f"{source.name}：{error}") from error
+    _check_layout(source, options, tally)
 
 
-def source_format(source: Source, options: ReadOptions) -> str:
-    """这个文件是什么格式。"""
-    if options.format != "auto":
-        return options.format
-    with source.open() as file:
-        head = file.read(HEAD_CHARS)
-    return detect_format(source.suffix, head.split("\n"))
+def _dialogues(items: Iterator, options: ReadOptions, tally: Tally) -> Iterator[Dialogue]:
+    """消息变成对话，对话照原样；要清洗的清洗，数出段数。"""
+    if tally.is_log:
+        items = (Dialogue(*found) for found in build_dialogues(items, options, tally))
+    elif options.reply_speaker is not None:
+        raise UserError(
+            f"是{format_of(tally.format).label}，不是聊天记录，看不出谁在说话："
+            "请去掉 --reply_speaker，它只用于聊天记录"
+        )
+    if options.clean:
+        cleaner = Cleaner(tally.cleaned)
+        items = (piece for dialogue in items for piece in cleaner.clean(dialogue))
+    for dialogue in items:
+        tally.num_dialogues += 1
+        tally.num_utterances += len(dialogue.utterances)
+        yield dialogue
 
 
-def describe_source(source: Source, options: ReadOptions) -> str:
-    """给用户看的一行：文件是什么格式、编码，用了哪几种换行。读一遍文件。"""
-    with source.open() as file:
-        for _ in file:
-            pass
-        found = file.newlines or ()
-    names = {"\n": "LF", "\r\n": "CRLF", "\r": "CR"}
-    ends = [names[end] for end in ((found,) if isinstance(found, str) else found)]
-    mixed = "（混用，不影响读取）" if len(ends) > 1 else ""
-    name = source_format(source, options)
-    kind = f"{name} 格式，{source.encoding} 编码"
-    return f"{source.name}：{kind}，{'、'.join(ends) or '没有'} 换行{mixed}"
+def _check_layout(source: Source, options: ReadOptions, tally: Tally) -> None:
+    """一行一句的文本读完之后，看看是不是忘了空行或多了空行。
+
+    Raises:
+        UserError: 整个文件成了一段很长的对话，而格式是猜的。
+    """
+    if tally.format != "text":
+        return
+    if tally.num_dialogues == 1 and tally.num_utterances > ONE_DIALOGUE:
+        problem = f"没有空行，{tally.num_utterances:,} 句成了一段对话"
+        if options.format == "auto":
+            raise UserError(
+                f"{source.name} {problem}：请在各段对话之间加一个空行；每行本来就是一段、"
+                "各句以 TAB 分隔，就用 --format tsv；确实只有一段，就用 --format text"
+            )
+        tally.warnings.append(problem)
+    if tally.num_dialogues >= 20 and tally.num_dialogues == tally.num_utterances:
+        tally.warnings.append("每段都只有一句话，学不到怎样回答：请去掉同一段对话各句之间的空行")
 
 
 def filter_dialogues(

@@ -1,25 +1,33 @@
-"""语料文件：找出要读的文件，解压，认出编码，逐行给出文字。"""
+"""语料文件：找出要读的文件，认出编码，逐行给出文字。"""
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import glob
-import gzip
-import importlib
 import io
-import zipfile
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from chitchat.corpus.containers import (
+    BAD_ARCHIVE,
+    PACKED_SUFFIXES,
+    TEXT_SUFFIXES,
+    open_container,
+)
+from chitchat.corpus.encodings import detect_encoding, find_mixed_line
+from chitchat.corpus.generated import chunk_paths
 from chitchat.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".tsv", ".json", ".jsonl", ".conv", ".csv")
-COMPRESSED_SUFFIXES = (".gz", ".zip", ".zst")
-SAMPLE_BYTES = 1 << 14  # 认编码、认格式时看多少
+SAMPLE_BYTES = 1 << 14  # 认编码时看多少
 _MARK = "\udc80"  # 合法的文字里不会有单独的代理码
+_SPOOLED: set[Path] = set()  # 标准输入存成的临时文件
+_LABELS = {"big5hkscs": "BIG5", "cp932": "SHIFT-JIS"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Source:
                     yield text
         except UnicodeDecodeError as error:
             raise UserError(self._describe_bad_byte()) from error
-        except (EOFError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+        except BAD_ARCHIVE as error:
             raise UserError(
                 f"{self.name} 没有压缩完整（{error}）：请重新下载或解压后再试"
             ) from error
@@ -74,10 +82,11 @@ class Source:
         with self.path.open("rb") as raw:
             text = io.TextIOWrapper(self.open_bytes(raw), self.encoding, errors="chitchat.mark")
             number = next(n for n, line in enumerate(text, 1) if _MARK in line)
-        label = self.encoding.removesuffix("-sig").upper()
+        label = self.encoding.removesuffix("-sig")
         return (
-            f"{self.name} 第 {number} 行不是 {label}：有字节 0x{bad_bytes[0]:02X}；"
-            "请在编辑器里另存为 UTF-8，或用 --encoding 指定真正的编码（如 gb18030）"
+            f"{self.name} 第 {number} 行不是 {_LABELS.get(label, label).upper()}："
+            f"有字节 0x{bad_bytes[0]:02X}；整个文件是别的编码就用 --encoding 指定"
+            "（如 gb18030、big5），只有几行不是，是两种编码混在了一起，请分开存成 UTF-8"
         )
 
 
@@ -99,42 +108,71 @@ class _Reporting(io.RawIOBase):
 
 
 def find_sources(paths: Sequence[Path], encoding: str = "auto") -> list[Source]:
-    """把文件、文件夹、通配符变成要读的文件，按名字排列。
+    """把文件、文件夹、通配符、标准输入变成要读的文件，按名字排列。
 
     Args:
-        paths: 文件；文件夹（取其中所有认得的文件）；或带 ``*``、``?`` 的写法。
+        paths: 文件；文件夹（取其中所有认得的文件）；带 ``*``、``?`` 的写法；``-`` 是标准输入。
         encoding: ``auto`` 时逐个认出；否则是 Python 的编码名。
 
     Raises:
-        UserError: 一个也没找到，编码名不对，或缺少解压所需的包。
+        UserError: 一个也没找到，编码名不对，不是文字，或缺少解压所需的包。
     """
     if encoding != "auto":
         try:
-            codecs.lookup(encoding)
-        except LookupError as error:
+            is_text = codecs.lookup(encoding)._is_text_encoding
+        except LookupError:
+            is_text = False
+        if not is_text:
             raise UserError(
-                f"--encoding {encoding} 不是编码的名字；可用 utf-8、utf-16、gb18030、big5 等"
-            ) from error
+                f"--encoding {encoding} 不是文字编码的名字；可用 utf-8、utf-16、gb18030、big5 等"
+            )
     files = [file for path in paths for file in _expand(path)]
-    return [source for file in files for source in _open_container(file, encoding)]
+    return [source for file in files for source in _open(file, encoding)]
+
+
+def _open(path: Path, encoding: str) -> Iterator[Source]:
+    for part in open_container(path):
+        if path in _SPOOLED:
+            part = part._replace(name=part.name.replace(str(path), "标准输入"))
+        chosen = encoding
+        if encoding == "auto":
+            chosen = _detect(path, part.name, part.open_bytes)
+        elif codecs.lookup(encoding).name == "utf-8":
+            chosen = "utf-8-sig"
+        yield Source(path, part.name, part.suffix, chosen, part.open_bytes)
+
+
+def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -> str:
+    """认出编码；旧编码要看完全文，里面夹着 UTF-8 的就不知道该信哪一种。"""
+    try:
+        with path.open("rb") as raw:
+            found = detect_encoding(open_bytes(raw).read(SAMPLE_BYTES))
+        if not found.startswith("utf"):
+            with path.open("rb") as raw:
+                number = find_mixed_line(
+                    io.BufferedReader(_Reporting(open_bytes(raw), lambda: None))
+                )
+            if number:
+                raise UserError(
+                    f"{name} 里两种编码混在一起：大部分像 {_LABELS.get(found, found).upper()}，"
+                    f"第 {number} 行却是 UTF-8；请分开存成 UTF-8，或用 --encoding 指定其中一种"
+                )
+    except (*BAD_ARCHIVE, OSError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{name} 读不出来（{error}）：请重新下载或解压") from error
+    return found
 
 
 def _expand(path: Path) -> list[Path]:
+    if str(path) == "-":
+        return [_spool_stdin()]
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.suffix.lower() in (*TEXT_SUFFIXES, *COMPRESSED_SUFFIXES)
-        ]
-        suffixes = "、".join((*TEXT_SUFFIXES, *COMPRESSED_SUFFIXES))
-        problem = f"文件夹 {path} 里没有语料（{suffixes}）"
+        found = list(_walk(path))
+        problem = f"文件夹 {path} 里没有语料（{'、'.join((*TEXT_SUFFIXES, *PACKED_SUFFIXES))}）"
     else:
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        found = [file for file in found if file.is_file()]
+        names = glob.glob(_escape_folders(path), recursive=True)  # noqa: PTH207
+        found = [file for file in map(Path, sorted(names)) if file.is_file()]
         problem = f"找不到语料 {path}"
     if not found:
         raise UserError(
@@ -144,65 +182,35 @@ def _expand(path: Path) -> list[Path]:
     return found
 
 
-def _open_container(path: Path, encoding: str) -> Iterator[Source]:
-    """一个文件里的各个语料：压缩包里可以有好几个，其余恰好一个。"""
-    suffix = path.suffix.lower()
-    if suffix == ".zip":
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} 不是完整的 zip 文件：请重新下载或解压后再试")
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.lower().endswith(TEXT_SUFFIXES)]
-        if not names:
-            raise UserError(f"{path} 里没有语料：应有 {'、'.join(TEXT_SUFFIXES)} 文件")
-        openers = [(n, lambda raw, n=n: zipfile.ZipFile(raw).open(n)) for n in names]  # noqa: SIM115
-        parts = [(f"{path}:{n}", PurePath(n).suffix, opener) for n, opener in openers]
-    elif suffix == ".gz":
-        parts = [(str(path), Path(path.stem).suffix, gzip.open)]
-    elif suffix == ".zst":
-        parts = [(str(path), Path(path.stem).suffix, _find_zstd(path))]
-    else:
-        parts = [(str(path), suffix, lambda raw: raw)]
-    for name, inner_suffix, opener in parts:
-        chosen = encoding
-        if encoding == "auto":
-            with path.open("rb") as raw:
-                try:
-                    chosen = detect_encoding(opener(raw).read(SAMPLE_BYTES))
-                except (EOFError, OSError, zipfile.BadZipFile) as error:
-                    raise UserError(f"{name} 读不出来（{error}）：请重新下载或解压") from error
-        elif codecs.lookup(encoding).name == "utf-8":
-            chosen = "utf-8-sig"
-        yield Source(path, name, inner_suffix.lower(), chosen, opener)
+def _walk(folder: Path) -> Iterator[Path]:
+    """文件夹里认得的文件，隐藏的不要；分块的导出只给出它的清单。"""
+    parts: set[Path] = set()
+    for file in sorted(folder.rglob("*"), key=lambda file: (file.name != "manifest.json", file)):
+        names = file.relative_to(folder).parts
+        if not file.is_file() or any(name.startswith(".") for name in names) or file in parts:
+            continue
+        if file.name == "manifest.json" and (chunks := chunk_paths(file)):
+            parts.update(chunks, [file.parent / "avatars.json"])
+        if file.suffix.lower() in (*TEXT_SUFFIXES, *PACKED_SUFFIXES):
+            yield file
 
 
-def _find_zstd(path: Path) -> Callable[[BinaryIO], BinaryIO]:
-    """标准库（Python 3.14 起）或已安装的包里，解压 .zst 的函数。"""
-    for module, function in (
-        ("compression.zstd", "open"),
-        ("backports.zstd", "open"),
-        ("zstandard", "open"),
-    ):
-        with contextlib.suppress(ImportError):
-            return getattr(importlib.import_module(module), function)
-    raise UserError(f"读 {path} 需要解压 zst 的包：请 pip install zstandard，或先自行解压")
+def _escape_folders(path: Path) -> str:
+    """真有的文件夹名字里的方括号不是通配符。"""
+    folder = Path(path.anchor)
+    parts = list(path.parts[1:] if path.anchor else path.parts)
+    while parts and (folder / parts[0]).is_dir():
+        folder /= parts.pop(0)
+    return str(Path(glob.escape(str(folder)), *parts))
 
 
-def detect_encoding(sample: bytes) -> str:
-    """由开头的若干字节认出编码：UTF-8、UTF-16 或 GB 18030。
-
-    夹着少数坏字节的 UTF-8 仍算 UTF-8，读到那里再指出行号，免得整个文件变成乱码。
-    """
-    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    if b"\0" in sample:  # 没有 BOM 的 UTF-16：ASCII 字符的高字节是 0
-        return "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
-    text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
-    num_bad = text.count("\ufffd")
-    num_good = sum(char > "\x7f" for char in text) - num_bad
-    if num_bad <= num_good:
-        return "utf-8-sig"
-    try:
-        codecs.getincrementaldecoder("gb18030")().decode(sample)
-    except UnicodeDecodeError:
-        return "utf-8-sig"
-    return "gb18030"
+def _spool_stdin() -> Path:
+    """把标准输入存成临时文件：认编码和格式要从头读好几遍。"""
+    folder = tempfile.TemporaryDirectory(prefix="chitchat-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "stdin"
+    _SPOOLED.add(path)
+    with path.open("wb") as file:
+        while data := sys.stdin.buffer.read(1 << 20):
+            file.write(data)
+    return path

@@ -118,6 +118,11 @@ def _load_lists(path: Path) -> list[list[int]]:
         with path.open("rb") as file:
             dialogues = _ListUnpickler(file).load()
     except Exception as error:  # 损坏的 pickle 可以抛出任何异常
+        if str(error).startswith("invalid load key"):  # 第一个字节就不是 pickle
+            raise UserError(
+                f"{path} 不是训练数据，像是语料：请先用 python preprocess.py --train_path {path} "
+                "--save_path data/train.pkl 编码，再用 --train_path data/train.pkl 训练"
+            ) from error
         raise UserError(
             f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，发现 {error}；{advice}"
         ) from error

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chitchat.corpus.chat_logs import clean_message, parse_time
-from chitchat.corpus.formats import ReadOptions
+from chitchat.corpus.formats.base import ReadOptions
 from chitchat.corpus.reader import read_source
 from chitchat.corpus.sources import find_sources
 
@@ -126,24 +125,3 @@ def test_named_columns_are_used(tmp_path):
     )
     options = {"text_column": "说", "speaker_column": "谁", "time_column": "何时"}
     assert read(path, **options) == [["早", "早啊"]]
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("[图片]", ""),
-        ("看[图片]这个[表情]", "看 这个"),
-        ("[捂脸]哈哈", "[捂脸]哈哈"),
-        ("张三撤回了一条消息", ""),
-        ("你领取了小明的红包", ""),
-        ("  第一行\n第二行 ", "第一行 第二行"),
-    ],
-)
-def test_only_words_are_kept(text, kept):
-    assert clean_message(text) == kept
-
-
-def test_times_of_every_kind_are_the_same_moment():
-    texts = ["2023-11-14 22:13:20", "2023/11/14 22:13:20", "1700000000", "1700000000000"]
-    assert len({parse_time(text) for text in texts}) == 1
-    assert parse_time("昨天") is None

@@ -58,7 +58,7 @@ def test_report_says_what_was_understood_and_writes_nothing(run, tmp_path, capsy
     assert run("--check", "--max_len", 8) == 0
     report = capsys.readouterr().out
     for text in (
-        "train.txt：text 格式，utf-8-sig 编码，LF 换行\n",
+        "train.txt：当作 text（一行一句），UTF-8 编码，LF 换行，4 段对话\n",
         "对话 4 段，共 9 句",
         "'龘'×3",
         "重复的对话：1（25.00%）",

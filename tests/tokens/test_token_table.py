@@ -287,3 +287,10 @@ def test_failure_while_writing_keeps_what_was_there(tmp_path, name):
             raise RuntimeError
     assert rows_of(load_token_table(path, VOCAB_SIZE)) == DIALOGUES
     assert not list(tmp_path.glob(".*"))
+
+
+def test_corpus_given_as_training_data_is_named_with_the_command_that_helps(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("你好\n在的\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"像是语料.*preprocess.py --train_path"):
+        load_token_table(path, VOCAB_SIZE)

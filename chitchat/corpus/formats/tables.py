@@ -1,0 +1,178 @@
+"""表格：CSV（逗号、分号、TAB、竖线分隔）、Excel 变成的 CSV。
+
+开头几行里找表头，由列名认出用途：
+
+- 有问、答两列，或有好几列都是话：一行一段；
+- 有对话编号的列：同号的是一段，不必相邻；
+- 有说话人和时间的列：聊天记录。
+
+没有表头、每行都是两格文字的，当作问和答。
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from chitchat.corpus.formats.base import Dialogue, Format, Head, ReadOptions, one_line
+from chitchat.corpus.formats.columns import (
+    ALIASES,
+    DELIMITERS,
+    NUMBERED,
+    PAIRS,
+    cells_of,
+    find_columns,
+    known_names,
+    open_rows,
+    skip_header,
+)
+from chitchat.corpus.messages import Message, kind_of_type
+from chitchat.corpus.sorting import temporary_database
+from chitchat.corpus.times import parse_times
+from chitchat.errors import UserError
+
+_LETTER = re.compile(r"[^\W\d_]")
+
+
+def _recognise(head: Head) -> str:
+    if head.suffix == ".csv":
+        return "后缀是 .csv"
+    if head.suffix not in (".tsv", ".txt", ""):
+        return ""
+    first = head.lines[0] if head.lines else ""
+    marks = [mark for mark in DELIMITERS if mark in first]
+    for mark in marks:
+        cells = [cell.strip(' "').lower() for cell in first.split(mark)]
+        if len(known_names(cells)) >= 2 and len(known_names(cells)) >= len(cells) / 2:
+            return f"第一行是表头（{'、'.join(cells[:4])}）"
+    return ""
+
+
+def has_messages(header: Sequence[str], options: ReadOptions) -> bool:
+    """这个表头是聊天记录的：有说话人和时间，没有对话编号和问答。"""
+    columns = find_columns(header, options)
+    named = options.speaker_column and options.time_column
+    is_log = {"text", "time"} <= columns.keys() and {"speaker", "me"} & columns.keys()
+    return bool(named or (is_log and "dialogue" not in columns and not _turns_of(header)))
+
+
+def _turns_of(header: Sequence[str]) -> list[int]:
+    """一行就是一段对话时，各句所在的列：问答两列，或 text1、text2……这样编了号的列。"""
+    lower = [name.lower() for name in header]
+    numbered = [i for i, name in enumerate(lower) if NUMBERED.fullmatch(name)]
+    if len(numbered) > 1:
+        return numbered
+    for pair in PAIRS:
+        if set(pair) <= set(lower):
+            return [lower.index(name) for name in pair]
+    return []
+
+
+def read_table(
+    file: TextIO, options: ReadOptions, head: Head
+) -> Iterator[Dialogue] | Iterator[Message]:
+    """按表头决定是聊天记录、编了号的对话还是一行一段。"""
+    rows = open_rows(file, head)
+    named = [getattr(options, f"{role}_column", None) for role in ALIASES]
+    header = skip_header(rows, head, [name for name in named if name])
+    if not header:
+        yield from _read_bare(file, head, options)
+        return
+    turns = _turns_of(header)
+    columns = find_columns(header, options)
+    if turns and not any(named):
+        yield from _read_turns(rows, turns)
+    elif "text" not in columns:
+        raise UserError(
+            f"CSV 的列 {'、'.join(header)} 里看不出哪一列是文字：请用 --text_column 指定"
+        )
+    elif has_messages(header, options):
+        yield from read_messages(rows, columns)
+    elif "dialogue" in columns:
+        yield from _group_rows(rows, columns["text"], columns["dialogue"])
+    else:
+        raise UserError(
+            f"CSV 的列 {'、'.join(header)} 里看不出怎样分对话："
+            "请用 --dialogue_column 指定对话编号的列，"
+            "或用 --speaker_column 和 --time_column 指定说话人和时间的列"
+        )
+
+
+def _read_bare(file: TextIO, head: Head, options: ReadOptions) -> Iterator[Dialogue]:
+    """没有表头：每行都是两格以上的文字时，一行一段。"""
+    lines = head.lines[:-1] if len(head.lines) > 1 and len(head.text) > 8000 else head.lines
+    for mark in ("\t", " | ", "|", ",", ";"):
+        rows = list(csv.reader(lines, delimiter=mark)) if len(mark) == 1 else [
+            line.split(mark) for line in lines]  # fmt: skip
+        is_text = all(
+            len(row) == len(rows[0]) > 1 and all(map(_LETTER.search, row)) for row in rows
+        )
+        if len(rows) > 1 and is_text:
+            break
+    else:
+        first = "、".join(cells_of(head.lines[0])) if head.lines else "零列"
+        raise UserError(
+            f"CSV 的列 {first} 里看不出哪一列是文字："
+            "请用 --text_column 等指定，或在第一行写上列名（如 question,answer）"
+        )
+    with head.open_text() as again:
+        for number, line in enumerate(again, 1):
+            cells = next(csv.reader([line], delimiter=mark), []) if len(mark) == 1 else (
+                line.split(mark))  # fmt: skip
+            if texts := [text for cell in cells if (text := cell.strip().lstrip("\ufeff"))]:
+                yield Dialogue(texts, [number] * len(texts))
+
+
+def _read_turns(rows: Iterator[list[str]], columns: Sequence[int]) -> Iterator[Dialogue]:
+    for row in rows:
+        cells = [row[column] for column in columns if column < len(row)]
+        texts = [text for cell in cells if (text := one_line(cell))]
+        if len(texts) == len(columns) or (len(columns) > 2 and len(texts) > 1):
+            yield Dialogue(texts, [rows.line_num] * len(texts))
+
+
+def _group_rows(rows: Iterator[list[str]], text: int, dialogue: int) -> Iterator[Dialogue]:
+    """对话编号相同的各行是一段对话，不必相邻；编号第一次出现的次序就是对话的次序。"""
+    numbers: dict[str, int] = {}
+
+    def cells() -> Iterator[tuple[int, str, int]]:
+        for row in rows:
+            if len(row) > max(text, dialogue) and (utterance := one_line(row[text])):
+                number = numbers.setdefault(row[dialogue].strip(), len(numbers))
+                yield number, utterance, rows.line_num
+
+    with temporary_database("CREATE TABLE rows (dialogue, text, line)") as database:
+        database.executemany("INSERT INTO rows VALUES (?, ?, ?)", cells())
+        ordered = database.execute("SELECT * FROM rows ORDER BY dialogue, rowid")
+        for _, group in itertools.groupby(ordered, lambda row: row[0]):
+            found = list(group)
+            yield Dialogue([row[1] for row in found], [row[2] for row in found])
+
+
+def read_messages(rows: Iterator[list[str]], columns: dict[str, int]) -> Iterator[Message]:
+    """CSV 聊天记录的各条消息；有类型一列时只要文字消息。"""
+
+    def cell(row: list[str], role: str) -> str:
+        column = columns.get(role)
+        return row[column].strip() if column is not None and column < len(row) else ""
+
+    for row in rows:
+        if not any(row):
+            continue
+        is_me = cell(row, "me").lower() in ("1", "true", "是", "yes")
+        yield Message(
+            speaker=cell(row, "speaker"),
+            times=parse_times(cell(row, "time")),
+            text=cell(row, "text"),
+            chat=cell(row, "chat"),
+            is_me=is_me,
+            left_out=kind_of_type(cell(row, "type")),
+            line=rows.line_num,
+            has_type="type" in columns,
+        )
+
+
+TABLE = Format("CSV 或 Excel 表格", _recognise, read_table)

@@ -1,0 +1,169 @@
+"""读语料时记下的数：读了什么、留下什么、为什么没有留下。"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from chitchat.corpus.sources import Source
+
+_NEWLINES = {"\n": "LF", "\r\n": "CRLF", "\r": "CR"}
+
+
+@dataclass
+class Tally:
+    """一个来源的数目。
+
+    Attributes:
+        format: 格式的名字。
+        why: 凭什么认出来的。
+        is_log: 是不是聊天记录；其余的数多半只有聊天记录才有。
+        newlines: 文件里有哪几种换行。
+        num_messages: 消息条数，留下的和没有留下的都算。
+        left_out: 没有留下的消息，缘由 → 条数。
+        speakers: 留下的消息，（账号，是不是自己）→ 条数。
+        names: 同样的键 → 最后用的昵称。
+        num_chats: 聊天的个数。
+        first, last: 最早、最晚的时刻，自 1970 年起的秒数；None 表示都没有时刻。
+        num_untimed: 没有时刻的消息数。
+        private: 被换掉的私人信息，种类 → 处数。
+        num_alone: 只有一个人说话、因此不要的段数。
+        num_unanswered: 因 --reply_speaker 去掉的句数。
+        cleaned: --clean 去掉的，规则 → 句数。
+        num_dialogues, num_utterances: 给出的对话数、句数。
+        warnings: 可疑的地方，给用户看的句子。
+    """
+
+    format: str = ""
+    why: str = ""
+    is_log: bool = False
+    newlines: tuple[str, ...] = ()
+    num_messages: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    speakers: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    names: dict[tuple[str, bool], str] = field(default_factory=dict)
+    num_chats: int = 0
+    first: float | None = None
+    last: float | None = None
+    num_untimed: int = 0
+    private: Counter[str] = field(default_factory=Counter)
+    num_alone: int = 0
+    num_unanswered: int = 0
+    cleaned: Counter[str] = field(default_factory=Counter)
+    num_dialogues: int = 0
+    num_utterances: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """给用户看的各行。"""
+        if not self.is_log:
+            return _counted("--clean 去掉", self.cleaned, "句")
+        kept = self.num_messages - self.left_out.total()
+        span = "，都没有时间"
+        if self.first is not None:
+            span = f"，{_day(self.first)} 至 {_day(self.last)}"
+            span += f"（{self.num_untimed:,} 条没有时间）" if self.num_untimed else ""
+        lines = [
+            f"聊天 {self.num_chats:,} 个，{len(self.speakers):,} 人，"
+            f"消息 {self.num_messages:,} 条，留下 {kept:,} 条{span}"
+        ]
+        lines += _counted("没有留下", self.left_out, "条")
+        lines += _counted("隐去", self.private, "处")
+        lines += _counted("--clean 去掉", self.cleaned, "句")
+        lines.append(
+            f"对话 {self.num_dialogues:,} 段；只有一个人说话、不要的 {self.num_alone:,} 段"
+            + (f"；不合 --reply_speaker 的 {self.num_unanswered:,} 句" * bool(self.num_unanswered))
+        )
+        return lines
+
+    def explain_nothing(self) -> str:
+        """一段对话也没有时，丢在了哪一步、该怎么办；不是聊天记录时是空串。"""
+        kept = self.num_messages - self.left_out.total()
+        if not self.is_log:
+            return ""
+        if not self.num_messages:
+            return "没有一条消息：文件里只有开头，或不是这种格式，可用 --format 指定"
+        if not kept:
+            reasons = "、".join(
+                f"{name} {count:,} 条" for name, count in self.left_out.most_common()
+            )
+            return f"{self.num_messages:,} 条消息都不是话（{reasons}）：请导出含文字消息的聊天"
+        if self.num_unanswered:
+            return (
+                f"{kept:,} 条消息里没有 --reply_speaker 所指的人答别人的话："
+                "请用 --list_speakers 看看有谁"
+            )
+        if not any(account or is_me for account, is_me in self.speakers):
+            return (
+                f"{kept:,} 条消息，都没有说话人，分不出是谁在对谁说："
+                "请重新导出，选上昵称或发送人一列；若另有一列是说话人，用 --speaker_column 指定"
+            )
+        if len(self.speakers) == 1:
+            return (
+                f"{kept:,} 条消息都是 {next(iter(self.names.values()))} 一个人说的："
+                "请导出双方都说了话的聊天；若另有一列是说话人，用 --speaker_column 指定"
+            )
+        return (
+            f"{kept:,} 条消息、{len(self.speakers)} 个人，但每一段都只有一个人说话："
+            "相隔太久的算作两段，可把 --gap_minutes 调大"
+        )
+
+
+def describe_source(source: Source, tally: Tally) -> list[str]:
+    """一个来源当作了什么、凭什么、什么编码；聊天记录另有几行数目。"""
+    label = source.encoding.removesuffix("-sig").upper()
+    ends = "、".join(_NEWLINES[end] for end in tally.newlines) or "没有"
+    mixed = "（混用，不影响读取）" if len(tally.newlines) > 1 else ""
+    first = f"{source.name}：当作 {tally.format}（{tally.why}），{label} 编码，{ends} 换行{mixed}，"
+    first += f"{tally.num_dialogues:,} 段对话"
+    return [first, *(f"    {line}" for line in tally.lines())]
+
+
+def speaker_lines(tally: Tally) -> list[str]:
+    """谁说了多少条，多的在前。"""
+    if not tally.is_log:
+        return ["    不是聊天记录，没有说话人"]
+    lines = []
+    for (account, is_me), count in tally.speakers.most_common():
+        name = tally.names[account, is_me]
+        shown = name if name == account or not account else f"{name}（{account}）"
+        lines.append(
+            f"    {shown or '（没有名字）'}{'，导出的人，可写作 me' * is_me}：{count:,} 条"
+        )
+    return lines
+
+
+def explain_nothing(
+    sources: Sequence[Source], tallies: Sequence[Tally], filters: Mapping[str, object]
+) -> str:
+    """一段对话也没有时给用户的一句话：丢在了哪一步，该怎么办。"""
+    names = "、".join(source.name for source in sources[:3]) + "……" * (len(sources) > 3)
+    if any(tally.num_dialogues for tally in tallies):
+        found = sum(tally.num_dialogues for tally in tallies)
+        return (
+            f"{names} 里没有对话合乎要求：读到的 {found:,} 段都被"
+            f" --min_turns {filters['min_turns']}、--max_turns {filters['max_turns']} 筛掉了，"
+            "请放宽这两项"
+        )
+    reasons = [reason for tally in tallies if (reason := tally.explain_nothing())]
+    if reasons:
+        return f"{names} 里没有对话：{reasons[0]}"
+    if any(tally.cleaned for tally in tallies):
+        return f"{names} 里没有对话：都被 --clean 去掉了，请去掉 --clean，或换一份语料"
+    return f"{names} 里没有对话：文件是空的或只有空白；请写入一行一句、空行分隔的对话"
+
+
+def _counted(title: str, counts: Counter[str], unit: str) -> list[str]:
+    if not counts:
+        return []
+    parts = [f"{name} {count:,}" for name, count in counts.most_common()]
+    return [f"{title} {counts.total():,} {unit}：{'、'.join(parts)}"]
+
+
+def _day(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds):%Y-%m-%d}"
+    except (ValueError, OverflowError, OSError):
+        return "?"
