@@ -1,8 +1,8 @@
 """服务器的负载：1、4、16、64 个人同时聊，每秒多少句，头一个字和整句要等多久。
 
 再来 200 个人，然后看两千句之后的内存。
-用法: ``python -m tests.benchmarks.server_load [--model_path model/base] [--peer URL]``。只在本机来回。
---peer 是另一个 OpenAI 格式的服务器（例如 ``transformers serve``），同样的负载再来一遍。
+用法: ``python -m tests.benchmarks.server_load [--model_path model/base] [--peer URL]``。
+只在本机来回。--peer 是另一个 OpenAI 格式的服务器（例如 ``transformers serve``），再来一遍。
 每句都带种子，与单独问时比对；200 个人里多出来的应得 503。
 """
 
