@@ -11,15 +11,20 @@ import argparse
 import contextlib
 import logging
 import random
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from chitchat.architecture import check_vocab_size
 from chitchat.chat.options import KNOBS, SamplingOptions, check_max_len
+from chitchat.chat.terminal.keyboard import (
+    keep_keys,
+    no_stop_key,
+    stop_key,
+    suspend_key_ends_chat,
+)
 from chitchat.chat.terminal.lines import read_lines
 from chitchat.chat.terminal.repl import Repl
 from chitchat.chat.transcript import Transcript
@@ -85,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N", help="每次生成 N 个候选再挑一个，最多 1000（默认 %(default)s）")  # fmt: skip
     add("--mmi_model_path", metavar="DIR",
         help="train.py --train_mmi 的反向模型，用来挑选候选；默认按候选自身的概率")  # fmt: skip
+    add(
+        "--no_input_history",
+        action="store_true",
+        help="不把在终端里打过的话记进 --save_samples_path 下的 .history（按 ↑ 找得到它们）",
+    )
     add("--debug", action="store_true", help="与 --num_candidates 同用：列出每个候选和它的分数")
     add("--input_path", type=Path, metavar="FILE",
         help="不聊天，给文件里的每段对话接上一句回复；格式与语料相同")  # fmt: skip
@@ -111,36 +121,6 @@ def add_web_arguments(parser: argparse.ArgumentParser) -> None:
         "例如 http://localhost:3000，* 表示全部（默认都不许）")  # fmt: skip
     add("--no_chat_log", action="store_true", help="与 --web 同用：不写聊天记录"
         "（默认写在 --save_samples_path 下的 web/ 里，每天一个文件）")  # fmt: skip
-
-
-@contextlib.contextmanager
-def suspend_key_ends_chat() -> Iterator[None]:
-    """让 Ctrl+Z 像 Ctrl+D 一样结束聊天，而不是把程序挂到后台；没有 SIGTSTP 的系统上不变。"""
-
-    def end(signum: int, frame: object) -> NoReturn:
-        raise EOFError
-
-    if not hasattr(signal, "SIGTSTP"):
-        yield
-        return
-    previous = signal.signal(signal.SIGTSTP, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTSTP, previous)
-
-
-def chat(repl: Repl, *, is_terminal: bool) -> None:
-    """一句接一句地聊，直到输入结束、/quit、Ctrl+D、Ctrl+C 或 Ctrl+Z。"""
-    print(GREETING, flush=True)
-    with contextlib.closing(repl.transcript), suspend_key_ends_chat():
-        try:
-            for line in read_lines(is_terminal=is_terminal):
-                if not repl.handle(line):
-                    break
-        except (EOFError, KeyboardInterrupt):
-            if is_terminal:
-                print()
 
 
 def model_paths(args: argparse.Namespace) -> list[str]:
@@ -281,6 +261,62 @@ def serve(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptio
     serve_until_stopped(service, listener, host=args.host, access=access)
 
 
+def answer_whole_file(
+    args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions
+) -> None:
+    """给 --input_path 里的每段对话接上一句回复。"""
+    loading = start_loading(args, tokenizer)
+    from chitchat.chat.whole_files.answers import answer_file  # 会导入 torch，别的用法不必等
+
+    report = answer_file(
+        loading,
+        lambda: read_input(args.input_path),
+        args.output_path,
+        options,
+        seed=args.seed,
+        with_report=args.report,
+        settings={
+            **{name: getattr(args, name) for name in SETTINGS},
+            "weights": [weights_stamp(path) for path in model_paths(args)],
+        },
+    )
+    print(report, end="")
+
+
+def chat(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions) -> None:
+    """一句接一句地聊，直到输入结束、/quit、Ctrl+D、Ctrl+C 或 Ctrl+Z。"""
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    transcript = Transcript(args.save_samples_dir)
+    print(GREETING, flush=True)
+    history_path = None if args.no_input_history else args.save_samples_dir / ".history"
+    # 先备好提示符，再在后台读模型：两边同时导入会互相等。
+    lines = read_lines(is_terminal=is_terminal, history_path=history_path)
+    loading = start_loading(args, tokenizer)
+    repl = Repl(
+        tokenizer,
+        loading,
+        options,
+        transcript,
+        random.Random(args.seed),
+        show=lambda piece: print(piece, end="", flush=True),
+        # 不在终端里时，标准输出除了问候只有回复。
+        tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
+        stop_key=stop_key if is_terminal else no_stop_key,
+        is_debug=args.debug,
+    )
+    keys = keep_keys() if is_terminal else contextlib.nullcontext()
+    with (
+        contextlib.closing(transcript),
+        suspend_key_ends_chat(),
+        contextlib.suppress(EOFError, KeyboardInterrupt),
+        keys,
+    ):
+        for line in lines:
+            if not repl.handle(line):
+                break
+    loading.result()  # 一句话也没说时，读模型的毛病在这里报告
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     parser = build_parser()
@@ -296,41 +332,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("options=%s", options)
     if args.web:
         serve(args, tokenizer, options)
-        return 0
-    loading = start_loading(args, tokenizer)
-    if args.input_path is not None:
-        from chitchat.chat.whole_files.answers import answer_file  # 会导入 torch，聊天时不必等
-
-        print(
-            answer_file(
-                loading,
-                lambda: read_input(args.input_path),
-                args.output_path,
-                options,
-                seed=args.seed,
-                with_report=args.report,
-                settings={
-                    **{name: getattr(args, name) for name in SETTINGS},
-                    "weights": [weights_stamp(path) for path in model_paths(args)],
-                },
-            ),
-            end="",
-        )
-        return 0
-    is_terminal = sys.stdin is not None and sys.stdin.isatty()
-    repl = Repl(
-        tokenizer,
-        loading,
-        options,
-        Transcript(args.save_samples_dir),
-        random.Random(args.seed),
-        show=lambda piece: print(piece, end="", flush=True),
-        # 不在终端里时，标准输出除了问候只有回复。
-        tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
-        is_debug=args.debug,
-    )
-    chat(repl, is_terminal=is_terminal)
-    loading.result()  # 一句话也没说时，读模型的毛病在这里报告
+    elif args.input_path is not None:
+        answer_whole_file(args, tokenizer, options)
+    else:
+        chat(args, tokenizer, options)
     return 0
 
 

@@ -137,6 +137,7 @@ INTERACT = [
     ("--num_candidates", "1..1000", 1),
     ("--mmi_model_path", "text", None),
     ("--debug", "switch", False),
+    ("--no_input_history", "switch", False),
     ("--input_path", "path", None),
     ("--output_path", "path", None),
     ("--report", "switch", False),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from conftest import TINY_VOCAB
 
 import interact
 from chitchat.chat.generation import Batch
+from chitchat.chat.terminal import prompt
 from chitchat.checkpoint import save_checkpoint
 from chitchat.cli import configure_logging, run_cli
 from chitchat.corpus.reader import read_dialogues
@@ -65,24 +68,24 @@ def chat(monkeypatch, capsys, model_dir):
 
 @pytest.fixture
 def type_in_terminal(monkeypatch, capsys, model_dir):
-    """在终端里逐句输入；条目是异常时抛出它。返回标准输出和见过的提示符。"""
+    """在冒充的终端里逐句输入；条目是异常时抛出它。返回标准输出。"""
 
-    def run(*entries: str | type[BaseException], options: tuple[str, ...] = ()):
-        waiting, prompts = list(entries), []
+    def run(*entries: str | type[BaseException], options: tuple[str, ...] = ()) -> str:
+        waiting = list(entries)
 
-        def answer(prompt: str = "") -> str:
-            prompts.append(prompt)
-            entry = waiting.pop(0)
-            if isinstance(entry, str):
-                return entry
-            raise entry
+        def prompt_lines(history_path: Path | None) -> Iterator[str]:
+            while True:
+                entry = waiting.pop(0)
+                if not isinstance(entry, str):
+                    raise entry
+                yield entry
 
         monkeypatch.setattr("sys.stdin", Terminal())
-        monkeypatch.setattr("builtins.input", answer)
+        monkeypatch.setattr(prompt, "prompt_lines", prompt_lines)
         capsys.readouterr()
         assert interact.main(["--no_cuda", "--model_path", str(model_dir), *options]) == 0
         assert not waiting
-        return capsys.readouterr().out, prompts
+        return capsys.readouterr().out
 
     return run
 
@@ -124,8 +127,7 @@ def test_samples_and_log_go_where_the_flags_say(chat):
 
 @pytest.mark.parametrize("ending", [EOFError, KeyboardInterrupt, "/quit"])
 def test_each_way_to_end_a_terminal_chat_keeps_the_transcript(ending, type_in_terminal):
-    out, prompts = type_in_terminal("你好", ending)
-    assert prompts == ["user:", "user:"]
+    out = type_in_terminal("你好", ending)
     assert out.splitlines()[1:2] == [f"chatbot:{REPLY}"]
     assert re.fullmatch(rf"{HEADER}user:你好\nchatbot:{REPLY}\n", read_samples())
 
@@ -133,26 +135,64 @@ def test_each_way_to_end_a_terminal_chat_keeps_the_transcript(ending, type_in_te
 def test_each_finished_line_is_in_the_file_before_the_next_is_asked_for(monkeypatch, model_dir):
     seen = []
 
-    def answer(prompt: str = "") -> str:
+    def prompt_lines(history_path: Path | None) -> Iterator[str]:
         seen.append(read_samples())
-        if len(seen) == 2:
-            raise EOFError
-        return "你好"
+        yield "你好"
+        seen.append(read_samples())
 
     monkeypatch.setattr("sys.stdin", Terminal())
-    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(prompt, "prompt_lines", prompt_lines)
     assert interact.main(["--no_cuda", "--model_path", str(model_dir)]) == 0
     assert re.fullmatch(HEADER, seen[0])
     assert re.fullmatch(rf"{HEADER}user:你好\nchatbot:{REPLY}\n", seen[1])
 
 
-def test_ctrl_c_while_the_reply_is_being_generated_ends_the_chat(type_in_terminal, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.fixture
+def press_ctrl_c(monkeypatch):
+    """第几步时按下 Ctrl+C。"""
 
-    monkeypatch.setattr(Batch, "step", interrupted)
-    type_in_terminal("你好")
-    assert re.match(rf"{HEADER}user:你好\n", read_samples())
+    def press(at_step: int) -> None:
+        step, steps = Batch.step, []
+
+        def watch(self):
+            steps.append(1)
+            if len(steps) == at_step:
+                signal.raise_signal(signal.SIGINT)
+            return step(self)
+
+        monkeypatch.setattr(Batch, "step", watch)
+
+    return press
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("at_step", [1, 4, 8])
+def test_ctrl_c_stops_the_reply_and_what_was_said_stays(at_step, type_in_terminal, press_ctrl_c):
+    press_ctrl_c(at_step)
+    out = type_in_terminal("你好", "晚安", "/show", EOFError, options=("--max_history_len", "5"))
+    said = REPLY[:at_step]
+    assert out.splitlines()[1:3] == [f"chatbot:{said}", f"chatbot:{REPLY}"]
+    assert out.splitlines()[3:] == ["你好", said, "晚安", REPLY]
+    turns = f"user:你好\nchatbot:{said}\nuser:晚安\nchatbot:{REPLY}\n"
+    assert re.fullmatch(HEADER + turns, read_samples())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_before_the_candidates_are_there_takes_the_question_back(
+    type_in_terminal, press_ctrl_c
+):
+    press_ctrl_c(3)
+    options = ("--num_candidates", "3")
+    out = type_in_terminal("你好", "/show", "晚安", "/retry", EOFError, options=options)
+    shown = ["chatbot:", "（还没有说就停了，你的这句不算）", "还没有对话"]
+    assert out.splitlines()[1:] == [*shown, f"chatbot:{REPLY}", f"chatbot:{REPLY}"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_ends_a_piped_chat_with_the_log_whole(chat, press_ctrl_c):
+    press_ctrl_c(3)
+    chat("你好", "晚安")
+    assert re.fullmatch(rf"{HEADER}user:你好\n", read_samples())
 
 
 def test_commands_are_not_utterances(chat):

@@ -2,5 +2,5 @@
 
 读的次序：options（旋钮），layers、engine、loading（推理），sampling、generation（token 的迭代器），
 context、scoring、candidates、chatbot（历史 → 文字的迭代器）；然后是用它的 terminal（终端）、
-whole_files（整个文件）、samples（训练途中）。
+whole_files（整个文件）、web（服务器）、samples（训练途中）。
 """

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from chitchat.chat.candidates import Candidate, Ranker
 from chitchat.chat.context import TextStream, build_context
 from chitchat.chat.engine import Engine
-from chitchat.chat.generation import MAX_ROWS, Generator, Row
+from chitchat.chat.generation import Generator, Row
 from chitchat.chat.options import SamplingOptions, check_max_len
 from chitchat.tokens.tokenizer import decode_response, special_ids, unspeakable_ids
 
@@ -78,14 +78,23 @@ class Chatbot:
         self, context: Sequence[int], options: SamplingOptions, rng: random.Random
     ) -> list[Candidate]:
         """成批生成候选并排序，最好的在最前。"""
-        rows = [Row(context, options, rng, has_scores=True) for _ in range(self.num_candidates)]
-        for start in range(0, len(rows), MAX_ROWS):
-            self.generator.generate(rows[start : start + MAX_ROWS])
+        rows = self.candidate_rows(context, options, rng)
+        for _ in self.generator.steps(rows):
+            pass
         return self.ranker.rank(rows)
+
+    def candidate_rows(
+        self, context: Sequence[int], options: SamplingOptions, rng: random.Random
+    ) -> list[Row]:
+        """每个候选一行；只有一个候选时不必算分数。"""
+        has_scores = self.num_candidates > 1
+        return [Row(context, options, rng, has_scores) for _ in range(self.num_candidates)]
 
 
 class Reply(Iterator[str]):
-    """一句正在生成的回复：逐段给出文字，各段连起来是整句；有多个候选时只有一段。
+    """一句正在生成的回复：逐段给出文字，各段连起来是整句。
+
+    有多个候选时，选好之前的各段都是空的，好让等着的人有机会停下它。
 
     Attributes:
         context: 上下文。
@@ -124,7 +133,10 @@ class Reply(Iterator[str]):
 
     def _speak(self, options: SamplingOptions, rng: random.Random) -> Iterator[str]:
         if self._bot.num_candidates > 1:
-            self.candidates = self._bot.rank_candidates(self.context, options, rng)
+            rows = self._bot.candidate_rows(self.context, options, rng)
+            for _ in self._bot.generator.steps(rows):
+                yield ""
+            self.candidates = self._bot.ranker.rank(rows)
             self.token_ids = list(self.candidates[0].token_ids)
             yield self.text
             return

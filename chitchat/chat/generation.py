@@ -180,8 +180,20 @@ class Generator:
             for _, token_id in batch.step():
                 yield token_id
 
+    def steps(self, rows: Sequence[Row]) -> Iterator[None]:
+        """成批生成，一步一步地把每一行说完；各行的 token_ids 就是结果。
+
+        一批最多 MAX_ROWS 行，内存因此与一共几行无关。
+        """
+        for start in range(0, len(rows), MAX_ROWS):
+            batch = Batch(self)
+            batch.add(rows[start : start + MAX_ROWS])
+            while batch.num_rows:
+                batch.step()
+                yield
+
     def generate(self, rows: Sequence[Row]) -> None:
-        """成批生成，把每一行说完；各行的 token_ids 就是结果。"""
+        """一起生成，把每一行说完。"""
         batch = Batch(self)
         batch.add(rows)
         while batch.num_rows:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
-import locale
 import logging
-import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from chitchat.errors import UserError
@@ -17,43 +15,40 @@ logger = logging.getLogger(__name__)
 
 BOM = "\ufeff"
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-UTF8_LOCALES = ("C.UTF-8", "C.utf8", "en_US.UTF-8", "UTF-8")
 
 
-def read_lines(*, is_terminal: bool) -> Iterator[str]:
+def read_lines(*, is_terminal: bool, history_path: Path | None = None) -> Iterator[str]:
     """逐行给出用户的话；终端里带提示符和行编辑，否则一行标准输入是一句。
 
+    Args:
+        is_terminal: 标准输入是不是终端。
+        history_path: 终端里打过的话记在哪里；None 表示不记。
+
     Raises:
-        UserError: 管道里的字不是 UTF-8、UTF-16 或 GB 18030。
+        UserError: 管道里的字不是 UTF-8、UTF-16 或 GB 18030；或没有装 prompt_toolkit。
     """
-    if is_terminal:
-        yield from _read_terminal()
-        return
+    return _read_terminal(history_path) if is_terminal else _read_pipe()
+
+
+def _read_pipe() -> Iterator[str]:
+    """一行标准输入是一句。"""
     buffer = getattr(sys.stdin, "buffer", None)  # 标准输入可能已关闭
     lines = (sys.stdin or ()) if buffer is None else _decode_lines(buffer)
     for number, line in enumerate(lines):
         yield line if number else line.removeprefix(BOM)
 
 
-def _read_terminal() -> Iterator[str]:
-    """在终端里逐行读。"""
-    _ensure_utf8_locale()
-    # 导入 readline 就给 input() 加上行编辑和历史；Windows 没有它，控制台自带这些功能。
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-    while True:
-        yield input("user:")
-
-
-def _ensure_utf8_locale() -> None:
-    """没有设语言，或设的语言没有生成（Docker 里常见）时，让 readline 按 UTF-8 认字。"""
-    if locale.setlocale(locale.LC_CTYPE) not in ("C", "POSIX"):
-        return
-    for name in UTF8_LOCALES:
-        with contextlib.suppress(locale.Error):
-            locale.setlocale(locale.LC_CTYPE, name)
-            os.environ["LC_ALL"] = name  # readline 自己还会按环境变量设一次
-            return
+def _read_terminal(history_path: Path | None) -> Iterator[str]:
+    """在终端里逐行读；管道用不着 prompt_toolkit，所以到这里才导入。"""
+    try:
+        from chitchat.chat.terminal.prompt import prompt_lines
+    except ModuleNotFoundError as error:
+        if error.name != "prompt_toolkit":
+            raise
+        raise UserError(
+            "在终端里聊天要用 prompt_toolkit：请先运行 pip install prompt_toolkit"
+        ) from None
+    return prompt_lines(history_path)
 
 
 def _decode_lines(buffer: BinaryIO) -> Iterator[str]:

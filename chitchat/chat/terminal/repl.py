@@ -7,31 +7,36 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chitchat.chat.options import KNOBS, SamplingOptions
+from chitchat.chat.terminal.keyboard import no_stop_key
 from chitchat.chat.transcript import Transcript, split_lines
 from chitchat.errors import UserError
 from chitchat.files import atomic_file
 from chitchat.tokens.tokenizer import decode_response, encode_utterances
 
+StopKey = Callable[[], AbstractContextManager[Callable[[], bool]]]
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from chitchat.chat.candidates import Candidate
-    from chitchat.chat.chatbot import Chatbot
+    from chitchat.chat.chatbot import Chatbot, Reply
 
-HELP = """\
-/help           显示这份说明
-/reset          忘掉前面的对话，重新开始
-/undo           撤回上一轮（你的一句和它的回复）
-/retry          对你上一句重新回答
-/show           显示模型现在看得到的历史
-/save 文件      把这次聊天按语料的格式写进文件
-/set            显示各旋钮现在的值
-/set 名字 值    改一个旋钮，例如 /set temperature 0.8
-/quit           结束聊天"""
+# 命令 → 写法和说明；/help 和补全都照它来
+COMMANDS = {
+    "/help": ("/help", "显示这份说明"),
+    "/reset": ("/reset", "忘掉前面的对话，重新开始"),
+    "/undo": ("/undo", "撤回上一轮（你的一句和它的回复）"),
+    "/retry": ("/retry", "对你上一句重新回答"),
+    "/show": ("/show", "显示模型现在看得到的历史"),
+    "/save": ("/save 文件", "把这次聊天按语料的格式写进文件"),
+    "/set": ("/set 名字 值", "改一个旋钮，例如 /set temperature 0.8；不带名字时列出现在的值"),
+    "/quit": ("/quit", "结束聊天"),
+}
 COMMAND = re.compile(r"/[a-zA-Z_]+(?:\s|\Z)")  # “/微笑”、“/24”之类是普通的话
 MAX_KEPT_UTTERANCES = 1000  # 历史只为 /undo 多留一些，聊多久内存都不涨
 
@@ -49,6 +54,7 @@ class Repl:
         *,
         show: Callable[[str], None],
         tell: Callable[[str], None],
+        stop_key: StopKey = no_stop_key,
         is_debug: bool = False,
     ) -> None:
         """准备聊天。
@@ -61,6 +67,7 @@ class Repl:
             rng: 随机数源。
             show: 原样显示回复的一部分。
             tell: 显示一段说明，自成一行。
+            stop_key: 回复写着的时候，怎样知道用户要停下它。
             is_debug: 是否列出全部候选。
         """
         self.tokenizer = tokenizer
@@ -70,6 +77,7 @@ class Repl:
         self._rng = rng
         self._show = show
         self._tell = tell
+        self._stop_key = stop_key
         self.is_debug = is_debug
         self.history: list[list[int]] = []
         self.texts: list[str] = []  # 与 history 一一对应的原文
@@ -93,17 +101,30 @@ class Repl:
         self.transcript.add("user", text)
         self._remember(text, encode_utterances(self.tokenizer, [text])[0])
         bot = self.bot  # 模型读不出时，在显示“chatbot:”之前就说
-        self._show("chatbot:")
-        reply = bot.reply(self.history, self.options, self._rng)
-        for piece in reply:
-            self._show(piece)
-        self._show("\n")
-        self.transcript.add("chatbot", reply.text)
-        self._remember(reply.text, reply.token_ids)
+        with self._stop_key() as is_stopped:
+            reply = bot.reply(self.history, self.options, self._rng)
+            self._speak(reply, is_stopped)
+            if reply.token_ids:
+                self.transcript.add("chatbot", reply.text)
+                self._remember(reply.text, reply.token_ids)
+            else:
+                self._forget(slice(-1, None))
+                self._tell("（还没有说就停了，你的这句不算）")
         if self.is_debug:
             self._show_candidates(reply.candidates)
         if reply.is_truncated:
             self._tell(f"（对话太长，模型只有 {bot.max_positions} 个位置，这次没有用上最早的部分）")
+
+    def _speak(self, reply: Reply, is_stopped: Callable[[], bool]) -> None:
+        """把回复逐段显示出来；用户要停就停，说了一半的词也显示完。"""
+        num_shown = 0
+        self._show("chatbot:")
+        for piece in reply:
+            self._show(piece)
+            num_shown += len(piece)
+            if is_stopped():
+                reply.close()
+        self._show(f"{reply.text[num_shown:]}\n")
 
     def _remember(self, text: str, token_ids: list[int]) -> None:
         self.history.append(token_ids)
@@ -126,7 +147,7 @@ class Repl:
         if name == "/quit":
             return False
         if name == "/help":
-            self._tell(HELP)
+            self._tell("\n".join(f"{usage:<15} {note}" for usage, note in COMMANDS.values()))
         elif name == "/reset":
             self._forget(slice(None))
             self._tell("好，前面的对话已忘掉")

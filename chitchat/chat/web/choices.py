@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from chitchat.chat.context import TextStream
-from chitchat.chat.generation import Row
 from chitchat.chat.web.requests import ChatRequest
 from chitchat.chat.web.scheduler import Ticket
 from chitchat.tokens.tokenizer import decode_response, encode_utterances
@@ -118,7 +117,6 @@ def open_choices(bot: Chatbot, request: ChatRequest, rng: random.Random) -> list
     choices = []
     for i in range(request.num_choices):
         source = random.Random(f"{seed}/{i}" if i else seed)
-        num_rows = bot.num_candidates
-        rows = [Row(context, request.options, source, num_rows > 1) for _ in range(num_rows)]
+        rows = bot.candidate_rows(context, request.options, source)
         choices.append(Choice(bot, i, Ticket(rows), request.stops))
     return choices

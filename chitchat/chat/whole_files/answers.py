@@ -62,34 +62,55 @@ def answer_file(
         require_sacrebleu()
     dialogues = _keep_answerable(read_input(), min_utterances=2 if with_report else 1)
     contexts = [dialogue[:-1] if with_report else dialogue for dialogue in dialogues]
-    text = json.dumps(contexts).encode()
-    identity = {
-        "input_path": hashlib.sha256(text).hexdigest(),
-        "report": with_report,
-        "greedy": options.greedy,
-        **{name: getattr(options, knob.field) for name, knob in KNOBS.items()},
-        **settings,
-    }
+    identity = {**_identify(contexts, options), "report": with_report, **settings}
     partial = PartialReplies(output_path.with_name(output_path.name + ".part"), identity, seed)
     bot = loading.result()
     bot.check_options(options)
+    replies = _complete(partial, bot, contexts, options)
+    # 在 .part 删去之前：算到一半被中断，再运行时不必重新生成
+    report = _evaluate(bot, dialogues, replies, options) if with_report else ""
+    _write_output(output_path, contexts, replies)
+    partial.path.unlink()
+    return report
+
+
+def _complete(
+    partial: PartialReplies,
+    bot: Chatbot,
+    contexts: Sequence[Sequence[str]],
+    options: SamplingOptions,
+) -> list[str]:
+    """把还没有的回复做完，每批记下；给出全部，次序与 contexts 相同。"""
+    num_done = len(partial.replies)
     with (
         contextlib.closing(partial),
-        tqdm(total=len(contexts), initial=len(partial.replies), unit="reply", disable=None) as bar,
+        tqdm(total=len(contexts), initial=num_done, unit="reply", disable=None) as bar,
     ):
         for batch in answer_batches(bot, contexts, options, partial.seed, done=partial.replies):
             partial.add(batch)
             bar.update(len(batch))
-    replies = [partial.replies[i] for i in range(len(contexts))]
-    report = ""
-    if with_report:  # 在 .part 删去之前：算到一半被中断，再运行时不必重新生成
-        references = [dialogue[-1] for dialogue in dialogues]
-        report = build_report(
-            replies, references, reference_ppl(bot, contexts, references, options)
-        )
-    _write_output(output_path, contexts, replies)
-    partial.path.unlink()
-    return report
+    return [partial.replies[i] for i in range(len(contexts))]
+
+
+def _evaluate(
+    bot: Chatbot,
+    dialogues: Sequence[Sequence[str]],
+    replies: Sequence[str],
+    options: SamplingOptions,
+) -> str:
+    """评价表：每段的最后一句是参考答案。"""
+    contexts = [dialogue[:-1] for dialogue in dialogues]
+    references = [dialogue[-1] for dialogue in dialogues]
+    return build_report(replies, references, reference_ppl(bot, contexts, references, options))
+
+
+def _identify(contexts: Sequence[Sequence[str]], options: SamplingOptions) -> dict[str, object]:
+    """由什么做出来的：输入的内容和全部旋钮。"""
+    return {
+        "input_path": hashlib.sha256(json.dumps(contexts).encode()).hexdigest(),
+        "greedy": options.greedy,
+        **{name: getattr(options, knob.field) for name, knob in KNOBS.items()},
+    }
 
 
 def _check_output(output_path: Path) -> None:
