@@ -33,10 +33,11 @@ from chitchat.architecture import build_model
 from chitchat.cli import configure_logging, run_cli
 from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
-from chitchat.training import reporting
+from chitchat.training import plan, reporting
 from chitchat.training.batching import LengthBucketSampler
 from chitchat.training.processes import Processes
 from chitchat.training.state import STATE_NAME
+from chitchat.training.updater import Updater
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
 EPOCH_LINE = re.compile(
@@ -316,7 +317,7 @@ class Killed(Exception):  # noqa: N818
 
 def happen_after(patch: pytest.MonkeyPatch, step: int, happen: Callable[[], None]) -> None:
     """让第 step 次参数更新之后发生一件事。"""
-    update, done = train.Updater.step, []
+    update, done = Updater.step, []
 
     def step_and_happen(self, batch):
         result = update(self, batch)
@@ -325,7 +326,7 @@ def happen_after(patch: pytest.MonkeyPatch, step: int, happen: Callable[[], None
             happen()
         return result
 
-    patch.setattr(train.Updater, "step", step_and_happen)
+    patch.setattr(Updater, "step", step_and_happen)
 
 
 @pytest.fixture
@@ -426,7 +427,7 @@ def happen_in_validation(
     patch: pytest.MonkeyPatch, epoch: int, happen: Callable[[], None]
 ) -> list[int]:
     """让第 epoch 轮验证的第一次前向之后发生一件事；返回的列表里，每次验证用的前向各记一个。"""
-    forward, calls = train.Updater.forward, []
+    forward, calls = Updater.forward, []
     num_batches = 2  # 验证集两段，batch_size 1
 
     def forward_and_happen(self, batch):
@@ -436,7 +437,7 @@ def happen_in_validation(
             happen()
         return sums
 
-    patch.setattr(train.Updater, "forward", forward_and_happen)
+    patch.setattr(Updater, "forward", forward_and_happen)
     return calls
 
 
@@ -803,14 +804,14 @@ def test_optimizer_weighs_the_work_of_one_process(world_size, optimizer, monkeyp
         seen.append(tokens_per_update)
         return "muon" if tokens_per_update > 100 else "adamw"
 
-    monkeypatch.setattr(train, "choose_optimizer", choose)
+    monkeypatch.setattr(plan, "choose_optimizer", choose)
     lengths = torch.tensor([30] * 20).numpy()
     sampler = LengthBucketSampler(lengths, window_size=5, seed=0, world_size=world_size)
     loader = DataLoader(SimpleNamespace(lengths=lengths), batch_size=None, sampler=sampler)
     args = train.build_parser().parse_args([])
-    train.choose_optimization(args, None, loader, Processes(0, world_size, 0))
+    chosen = train.make_plan(args, None, loader, Processes(0, world_size, 0))
     assert seen == [150 / world_size]
-    assert args.optimizer == optimizer
+    assert (chosen.optimizer, args.optimizer) == (optimizer, "auto")
 
 
 def test_training_from_weights_takes_adamw_with_a_small_lr(run):

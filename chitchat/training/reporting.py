@@ -151,8 +151,7 @@ class ProgressLines:
 
     def report(self, step: int, epoch: int, recent: TokenAverage, *, lr: float) -> None:
         """做完了第 step 次更新，recent 是上次 report 以来的平均；到时候就写一行。"""
-        self._recent.loss_sum += recent.loss_sum
-        self._recent.num_tokens += recent.num_tokens
+        self._recent.merge(recent)
         now = time.perf_counter()
         if now - self._last < PROGRESS_SECONDS:
             return
