@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -25,28 +26,29 @@ from chitchat.architecture import build_model, check_vocab_size
 from chitchat.chat.layers import build_activation
 from chitchat.chat.samples import sample_replies
 from chitchat.checkpoint import check_same_vocab, load_model
-from chitchat.cli import CliParser, configure_logging, quiet_transformers, run_cli, stop_signals
+from chitchat.cli import (
+    CliParser,
+    configure_logging,
+    notify,
+    quiet_transformers,
+    run_cli,
+    stop_signals,
+)
 from chitchat.devices import seed_everything
 from chitchat.errors import EXIT_INTERRUPTED, UserError
-from chitchat.files import check_writable
 from chitchat.tokens.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokens.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
 from chitchat.training.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
 from chitchat.training.failures import explain_failures
 from chitchat.training.meters import Meter, evaluate
-from chitchat.training.options import (
-    add_data_options,
-    add_model_options,
-    add_optimization_options,
-    add_output_options,
-)
+from chitchat.training.options import add_options
 from chitchat.training.plan import Plan, choose_precision
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.run import Run
-from chitchat.training.run_folder import remove_old_checkpoints
+from chitchat.training.run_folder import occupy, remove_old_checkpoints, set_aside
 from chitchat.training.splitting import MAX_PADDING
-from chitchat.training.state import STATE_NAME, find_state, fingerprint, set_aside
+from chitchat.training.state import STATE_NAME, find_state, fingerprint
 
 logger = logging.getLogger("chitchat.train")
 
@@ -65,10 +67,7 @@ COMPILED_WIDTH = 32  # --compile 时批次的宽度补齐到它的倍数，形�
 def build_parser() -> argparse.ArgumentParser:
     """命令行参数。"""
     parser = CliParser(description="训练 GPT-2 闲聊模型")
-    add_data_options(parser.add_argument_group("数据").add_argument)
-    add_model_options(parser.add_argument_group("模型与设备").add_argument)
-    add_optimization_options(parser.add_argument_group("优化").add_argument)
-    add_output_options(parser.add_argument_group("记录与续训").add_argument)
+    add_options(parser)
     return parser
 
 
@@ -174,8 +173,22 @@ def prepare_run(
     if saved is not None:
         run.restore(saved, peak_lr=args.lr)
     elif processes.is_main and not args.resume:
-        set_aside(state_path)
+        make_room(args)
     return run, loaders
+
+
+def make_room(args: argparse.Namespace) -> None:
+    """从头训练之前，把文件夹里旧的一次训练收起来，并告诉用户。"""
+    old = set_aside(args.save_model_dir)
+    if old is None:
+        return
+    notify(
+        f"{args.save_model_dir} 里已有一次训练，它的检查点、训练状态和曲线都移进了 {old}；"
+        "要接着它训练，请移回来再加 --resume"
+    )
+    start = Path(args.pretrained_model)
+    if args.pretrained_model and (old / start.name).is_dir() and not start.exists():
+        notify(f"--pretrained_model 也在其中，下次请写 --pretrained_model {old / start.name}")
 
 
 def log_overview(
@@ -317,18 +330,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
         )
-    with explain_failures(), processes.join(devices[0]):
-        if processes.is_main:
-            check_writable(args.save_model_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explain_failures())
+        stack.enter_context(processes.join(devices[0]))
+        processes.share(lambda: stack.enter_context(occupy(args.save_model_dir)))
         run, loaders = prepare_run(args, devices, processes)
         log_overview(run, loaders, args, devices)
         if not train(run, loaders, args):
             logger.warning("interrupted: step=%d, continue with --resume", run.progress.step)
             return EXIT_INTERRUPTED
-    curve_path = args.save_model_dir / "loss.png"
-    if processes.is_main and save_loss_curve(
-        curve_path, run.progress.train_losses, run.progress.val_losses
-    ):
+    curve_path, losses = (
+        run.folder / "loss.png",
+        (run.progress.train_losses, run.progress.val_losses),
+    )
+    if processes.is_main and save_loss_curve(curve_path, *losses):
         logger.info("curve=%s", curve_path)
     return 0
 

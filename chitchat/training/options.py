@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from chitchat.training.loss import PRECISIONS
 from chitchat.training.optimizers import DEFAULT_LR
 from chitchat.training.plan import FINE_TUNING_LR, MAX_WARMUP_STEPS
 from chitchat.training.processes import DEFAULT_DEVICE
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """把全部选项加到 parser 上。"""
+    add_data_options(parser.add_argument_group("数据").add_argument)
+    add_model_options(parser.add_argument_group("模型与设备").add_argument)
+    add_optimization_options(parser.add_argument_group("优化").add_argument)
+    add_output_options(parser.add_argument_group("记录与续训").add_argument)
 
 
 # fmt: off

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -100,15 +99,6 @@ def find_state(path: Path, identity: dict, processes: Processes) -> dict | None:
     if state is None:
         logger.info("resume: no %s, starting afresh", path)
     return state
-
-
-def set_aside(path: Path) -> None:
-    """从头训练时，把上一次训练的状态改名：这一次还没存下状态就中断的话，不能接到它上面去。"""
-    if path.is_file():
-        names = (path.with_suffix(f".old{i}{path.suffix}") for i in itertools.count(1))
-        old = next(name for name in names if not name.exists())
-        path.rename(old)
-        logger.info("training state of an earlier run is now %s", old)
 
 
 def load_state(path: Path, identity: dict) -> dict:
