@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,6 +251,71 @@ def test_metrics_without_a_folder_write_nothing():
     writer.write(1, train_loss=2.5)
     writer.close()
     assert list(Path.cwd().iterdir()) == []  # conftest 让当前目录是空的 tmp_path
+
+
+class FullDisk:
+    """代替 SummaryWriter：第 ``allowed`` 次写之后磁盘满了；``where`` 是在哪里发现的。"""
+
+    allowed, where = 1, "add"
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.num_writes = 0
+        if self.where == "open":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def add_scalar(self, *_: object) -> None:
+        self.num_writes += 1
+        if self.where == "add" and self.num_writes > self.allowed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    add_text = add_scalar
+
+    def close(self) -> None:
+        if self.where == "close":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def warnings_of(monkeypatch, caplog):
+    """reporting 写下的警告。"""
+    logger = logging.getLogger("chitchat.training.reporting")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("where", ["open", "add", "close"])
+def test_full_disk_stops_the_metrics_with_one_warning(where, tmp_path, monkeypatch, warnings_of):
+    monkeypatch.setattr(FullDisk, "where", where)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
+    writer = MetricWriter(tmp_path / "runs")
+    for step in range(5):
+        writer.write(step, train_loss=1.0, train_lr=1.0)
+        writer.write_text(step, "samples", "x")
+    writer.close()
+    (warning,) = warnings_of()
+    assert "tensorboard stopped" in warning
+    assert "No space left on device" in warning
+
+
+def test_full_disk_found_in_the_background_is_one_warning_too(
+    tmp_path, monkeypatch, warnings_of, capsys
+):
+    """真的 SummaryWriter：它在自己的线程里写文件。"""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = threading.excepthook
+    writer = MetricWriter(tmp_path / "runs")
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", refuse)
+    for step in range(30):
+        writer.write(step, train_loss=1.0)
+        time.sleep(0.01)
+    writer.close()
+    assert len(warnings_of()) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is hook
 
 
 def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
