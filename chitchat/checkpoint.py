@@ -5,7 +5,6 @@ torch 与 transformers 用到时才导入：对话只需要这里的检查，不
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import pickle
@@ -16,22 +15,16 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from chitchat.architecture import token_id_fields
+from chitchat.chat_template import wrap_tokenizer
 from chitchat.errors import UserError
 from chitchat.files import atomic_directory
+from chitchat.hub import explain_hub_error, is_hub_name
 from chitchat.tokens.tokenizer import load_tokenizer, unspeakable_ids, vocab_text
-from chitchat.tokens.vocabulary import (
-    CLS_TOKEN,
-    MASK_TOKEN,
-    PAD_TOKEN,
-    SEP_TOKEN,
-    SPECIAL_TOKENS,
-    UNK_TOKEN,
-)
 from chitchat.weights import check_sizes, check_weight_files, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2LMHeadModel
 
 
 # transformers 和 torch.load 读不出文件时抛出的异常
@@ -46,17 +39,6 @@ UNREADABLE = (
 )
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # 旧版本存下的，不是参数
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-# 把 messages 写成 [CLS]u1[SEP]u2[SEP]。消息里的 [SEP] 之类拆成“[ sep ]”，
-# 与训练时把它当普通文字的编码逐个 id 相同，用户因此不能伪造特殊 token。
-CHAT_TEMPLATE = (
-    CLS_TOKEN
-    + "{% for message in messages %}{{ message['content']"
-    + "".join(f" | replace('{token}', '[ {token[1:-1].lower()} ]')" for token in SPECIAL_TOKENS)
-    + " }}"
-    + SEP_TOKEN
-    + "{% endfor %}"
-)
 
 
 def load_model(name_or_dir: str) -> GPT2LMHeadModel:
@@ -73,7 +55,7 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
     directory = Path(name_or_dir)
     if directory.is_dir():
         _check_model_dir(directory)
-    elif not _is_hub_name(name_or_dir):
+    elif not is_hub_name(name_or_dir):
         raise UserError(f"找不到模型文件夹 {name_or_dir}{_list_checkpoints(directory.parent)}")
     is_local = directory.is_dir()
     config, weights = {}, None
@@ -131,27 +113,6 @@ def _read_valid_config(directory: Path) -> dict:
     return config
 
 
-def explain_hub_error(name: str, error: BaseException) -> str:
-    """把取 hub 上的模型时的异常变成一句话：什么毛病，怎样改。"""
-    kinds = set()
-    cause: BaseException | None = error
-    while cause is not None:
-        kinds.add(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
-    if kinds & {"GatedRepoError"}:
-        reason = "它要先申请：请在它的网页上同意条款，再用 hf auth login 登录"
-    elif kinds & {"RepositoryNotFoundError", "HFValidationError"}:
-        reason = "hub 上没有它，或它是私有的：请改正名字，私有的先用 hf auth login 登录"
-    elif kinds & {"EntryNotFoundError", "RemoteEntryNotFoundError"}:
-        reason = "hub 上的它缺少 config.json 或权重：请换一个 GPT-2 模型"
-    else:
-        reason = (
-            "又没能从 hub 取到：请检查名字、网络和磁盘，去掉 HF_HUB_OFFLINE，连不上时可设 "
-            "HF_ENDPOINT 换镜像，或在别处下载好整个文件夹再给出它的路径"
-        )
-    return f"没有文件夹 {name}，{reason}"
-
-
 def weights_stamp(model_dir: str) -> list[list]:
     """权重文件的名字、字节数和修改时间；不同就是换过了。hub 上的模型是空的。"""
     files = [file for name in WEIGHT_FILES for file in Path(model_dir).glob(f"{name}*")]
@@ -183,7 +144,7 @@ def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
         return load_tokenizer(vocab_path)
     directory = Path(model_dir)
     if not directory.is_dir():
-        hub = "；它若是 hub 上的名字，请用 --vocab_path 给出词表" if _is_hub_name(model_dir) else ""
+        hub = "；它若是 hub 上的名字，请用 --vocab_path 给出词表" if is_hub_name(model_dir) else ""
         around = _list_checkpoints(directory.parent)
         raise UserError(f"找不到模型文件夹 {model_dir}{around}{hub}")
     _check_model_dir(directory)
@@ -247,53 +208,6 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
-
-
-def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) -> None:
-    """只保留到 last_epoch（从 1 数）为止的 limit 个 epoch 文件夹；limit 为 0 时全部保留。
-
-    编号更大的文件夹属于另一次训练，不动它们。
-    """
-    for folder in save_model_dir.glob("epoch*"):
-        number = folder.name.removeprefix("epoch")
-        if limit and number.isdigit() and int(number) <= last_epoch - limit:
-            shutil.rmtree(folder.resolve())
-            if folder.is_symlink():
-                folder.unlink()
-
-
-def wrap_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    """包成 transformers 的 tokenizer，带上聊天模板；不修改入参。
-
-    Args:
-        tokenizer: chitchat.tokens.vocabulary 建立的 tokenizer。
-        max_length: 模型的位置数。
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    backend = copy.deepcopy(tokenizer)
-    backend.encode_special_tokens = False  # 模板里的 [CLS]、[SEP] 要认作特殊 token
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD_TOKEN,
-        unk_token=UNK_TOKEN,
-        cls_token=CLS_TOKEN,
-        sep_token=SEP_TOKEN,
-        mask_token=MASK_TOKEN if tokenizer.token_to_id(MASK_TOKEN) is not None else None,
-        bos_token=CLS_TOKEN,
-        eos_token=SEP_TOKEN,
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],  # GPT-2 会误用 token_type_ids
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
-
-
-def _is_hub_name(name: str) -> bool:
-    """像 ``用户/模型`` 那样，而且本地没有这样的路径。"""
-    path = Path(name)
-    return name.count("/") == 1 and not path.exists() and not path.parent.is_dir()
 
 
 def _check_model_dir(directory: Path) -> None:

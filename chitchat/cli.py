@@ -129,6 +129,11 @@ def _warn(sentence: str) -> None:
     tqdm.write(f"警告：{sentence}", file=sys.stderr)
 
 
+def notify(sentence: str) -> None:
+    """在标准错误告诉用户一件他没有要求、但应当知道的事。"""
+    tqdm.write(f"提示：{sentence}", file=sys.stderr)
+
+
 class _TqdmHandler(logging.StreamHandler):
     """写日志时先让开进度条，日志行不会与进度条混在一行；终端上有进度条，就不写进度的行。"""
 

@@ -21,14 +21,14 @@ from transformers import (
 from chitchat.architecture import build_model, check_vocab_size
 from chitchat.chat.loading import load_engine
 from chitchat.checkpoint import (
-    explain_hub_error,
     load_model,
     load_model_tokenizer,
-    remove_old_checkpoints,
     save_checkpoint,
 )
 from chitchat.errors import UserError
+from chitchat.hub import explain_hub_error
 from chitchat.tokens.tokenizer import encode_utterances, load_tokenizer
+from chitchat.training.run_folder import remove_old_checkpoints
 
 INPUT_IDS = torch.tensor([[101, 110, 111, 102, 120]])
 CLS, SEP = 101, 102

@@ -11,7 +11,7 @@ from torch import nn
 
 from chitchat.chat.engine import Engine
 from chitchat.chat.scoring import score_continuations
-from chitchat.training.dataset import IGNORE_INDEX, Batch, collate
+from chitchat.training.dataset import Batch, collate
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers
 from chitchat.training.processes import Processes, parallelize
@@ -34,7 +34,7 @@ DIALOGUES = [
 def make_batch(num_dialogues: int) -> Batch:
     rows = [np.array(token_ids) for token_ids in DIALOGUES[:num_dialogues]]
     num_targets = sum(len(row) - 1 for row in rows)
-    return collate(rows, num_targets, pad_id=0, ignore_index=IGNORE_INDEX)
+    return collate(rows, num_targets, pad_id=0)
 
 
 def build_loss_module(

@@ -78,7 +78,7 @@ ARROWS = {
 }
 LAYER_OF_MODULE = {
     **dict.fromkeys(("errors", "cli", "files", "devices", "interrupts"), "ground"),
-    **dict.fromkeys(("architecture", "checkpoint", "weights"), "model"),
+    **dict.fromkeys(("architecture", "checkpoint", "chat_template", "hub", "weights"), "model"),
 }
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import pickle
 import re
 import signal
@@ -33,10 +34,12 @@ from chitchat.architecture import build_model
 from chitchat.cli import configure_logging, run_cli
 from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
-from chitchat.training import reporting
+from chitchat.training import plan, reporting, run_folder
 from chitchat.training.batching import LengthBucketSampler
 from chitchat.training.processes import Processes
+from chitchat.training.run_folder import occupy
 from chitchat.training.state import STATE_NAME
+from chitchat.training.updater import Updater
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
 EPOCH_LINE = re.compile(
@@ -316,7 +319,7 @@ class Killed(Exception):  # noqa: N818
 
 def happen_after(patch: pytest.MonkeyPatch, step: int, happen: Callable[[], None]) -> None:
     """让第 step 次参数更新之后发生一件事。"""
-    update, done = train.Updater.step, []
+    update, done = Updater.step, []
 
     def step_and_happen(self, batch):
         result = update(self, batch)
@@ -325,7 +328,7 @@ def happen_after(patch: pytest.MonkeyPatch, step: int, happen: Callable[[], None
             happen()
         return result
 
-    patch.setattr(train.Updater, "step", step_and_happen)
+    patch.setattr(Updater, "step", step_and_happen)
 
 
 @pytest.fixture
@@ -426,7 +429,7 @@ def happen_in_validation(
     patch: pytest.MonkeyPatch, epoch: int, happen: Callable[[], None]
 ) -> list[int]:
     """让第 epoch 轮验证的第一次前向之后发生一件事；返回的列表里，每次验证用的前向各记一个。"""
-    forward, calls = train.Updater.forward, []
+    forward, calls = Updater.forward, []
     num_batches = 2  # 验证集两段，batch_size 1
 
     def forward_and_happen(self, batch):
@@ -436,7 +439,7 @@ def happen_in_validation(
             happen()
         return sums
 
-    patch.setattr(train.Updater, "forward", forward_and_happen)
+    patch.setattr(Updater, "forward", forward_and_happen)
     return calls
 
 
@@ -494,7 +497,103 @@ def test_fresh_run_that_dies_early_is_not_resumed_into_the_earlier_one(run, monk
             run(lr=0.01)
     run(resume=True, lr=0.01)
     assert "starting afresh" in read_log(folder)
-    assert (folder / "training_state.old1.pt").read_bytes() == before
+    assert (folder / "old1" / STATE_NAME).read_bytes() == before
+
+
+def test_fresh_run_sets_the_whole_earlier_run_aside(run, capsys):
+    folder = run("a", epochs=4)
+    mine = {"base/config.json": "{}", "config.json": "{}", "epoch.txt": "", "epochs/x": ""}
+    for name, text in mine.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "training_state.old1.pt").write_bytes(b"1")  # 旧版本留下的
+    names = ["epoch1", "epoch2", "epoch3", "epoch4", "min_ppl_model", "runs", STATE_NAME]
+    first = {name: content_of(folder / name) for name in names}
+    capsys.readouterr()
+    run("a", lr=0.01)
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if "提示：" in line and str(folder / "old1") in line]
+    assert "set aside" in read_log(folder)
+    assert {name: content_of(folder / "old1" / name) for name in names} == first
+    assert (folder / "old1" / "training_state.old1.pt").read_bytes() == b"1"
+    assert {name: (folder / name).read_text(encoding="utf-8") for name in mine} == mine
+    assert not (folder / "epoch3").exists()  # 新的一次只有两轮
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [5, 10]
+    second = {name: content_of(folder / name) for name in ("epoch1", STATE_NAME)}
+    run("a")
+    assert {name: content_of(folder / "old2" / name) for name in second} == second
+    assert {name: content_of(folder / "old1" / name) for name in names} == first
+
+
+def content_of(path: Path) -> dict[str, bytes]:
+    """文件，或文件夹里的全部文件。"""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def test_nothing_is_set_aside_by_a_resumed_or_a_first_run(run, capsys):
+    folder = run(epochs=1)
+    run(epochs=2, resume=True)
+    assert not list(folder.glob("old*"))
+    assert "提示：" not in capsys.readouterr().err
+
+
+def test_refused_run_leaves_the_earlier_one_where_it_is(run):
+    folder = run(epochs=1)
+    with pytest.raises(UserError):
+        run(epochs=1, max_len=65)
+    assert (folder / STATE_NAME).is_file()
+    assert not (folder / "old1").exists()
+
+
+def test_pretrained_model_that_is_set_aside_is_named(run, capsys):
+    folder = run("a", epochs=1)
+    run("a", epochs=1, pretrained_model=folder / "epoch1")
+    assert f"--pretrained_model {folder / 'old1' / 'epoch1'}" in capsys.readouterr().err
+
+
+def hold_lock(folder: Path, is_locked: object, should_end: object) -> None:
+    """另一个进程：占住文件夹。"""
+    with occupy(folder):
+        is_locked.set()
+        should_end.wait(60)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_second_training_in_the_same_folder_is_refused_until_the_first_is_gone(
+    is_killed, run, tmp_path, capsys
+):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    is_locked, should_end = context.Event(), context.Event()
+    other = context.Process(target=hold_lock, args=(folder, is_locked, should_end))
+    other.start()
+    assert is_locked.wait(60)
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(run)
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err
+    assert sentence.count("\n") == 1
+    assert str(folder) in sentence
+    assert "--save_model_path" in sentence
+    assert not (folder / "epoch1").exists()
+    if is_killed:
+        other.kill()
+    else:
+        should_end.set()
+    other.join()
+    assert epochs_logged(run()) == [1, 2]
+
+
+def test_folder_that_knows_no_locks_is_used_without(run, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder, "_lock", refuse)
+    assert epochs_logged(run()) == [1, 2]
 
 
 def full_disk_of_torch(*_: object) -> None:
@@ -803,14 +902,14 @@ def test_optimizer_weighs_the_work_of_one_process(world_size, optimizer, monkeyp
         seen.append(tokens_per_update)
         return "muon" if tokens_per_update > 100 else "adamw"
 
-    monkeypatch.setattr(train, "choose_optimizer", choose)
+    monkeypatch.setattr(plan, "choose_optimizer", choose)
     lengths = torch.tensor([30] * 20).numpy()
     sampler = LengthBucketSampler(lengths, window_size=5, seed=0, world_size=world_size)
     loader = DataLoader(SimpleNamespace(lengths=lengths), batch_size=None, sampler=sampler)
     args = train.build_parser().parse_args([])
-    train.choose_optimization(args, None, loader, Processes(0, world_size, 0))
+    chosen = train.make_plan(args, None, loader, Processes(0, world_size, 0))
     assert seen == [150 / world_size]
-    assert args.optimizer == optimizer
+    assert (chosen.optimizer, args.optimizer) == (optimizer, "auto")
 
 
 def test_training_from_weights_takes_adamw_with_a_small_lr(run):

@@ -1,18 +1,15 @@
-"""怎样把对话分组：长度相近的放进一个窗口（一次参数更新），窗口里补齐太多的再拆成几次前向。
+"""怎样把对话分组：长度相近的放进一个窗口（一次参数更新）。
 
 形状记号: D 对话总数
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
-
-MAX_PADDING = 0.05  # 一次前向里补齐超过这个比例，就拆成两次
-MIN_ROWS = 16  # 但每次不少于这么多段对话，太小的前向反而慢
 
 
 class Window(NamedTuple):
@@ -74,32 +71,3 @@ class LengthBucketSampler(Sampler[Window]):
             window = order[start : start + self.window_size]
             num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
             yield Window(window[self.rank :: self.world_size].tolist(), num_targets)
-
-
-def split_rows(
-    lengths: Sequence[int], *, max_rows: int, max_padding: float
-) -> list[tuple[int, int]]:
-    """把一个窗口分成几次前向：先按 max_rows 切，补齐仍太多的再对半切，每份按自己的最长补齐。
-
-    对话按长度排好，只有最长的几个窗口里长短悬殊，所以几乎不增加前向的次数。
-
-    Args:
-        lengths: 每段对话的 token 数，可为 0（多进程时的占位）。
-        max_rows: 一次前向最多的对话数。
-        max_padding: 补齐占的比例超过它才对半切，0 到 1；切出来的不少于 MIN_ROWS 段。
-
-    Returns:
-        各次前向的首尾 ``(start, stop)``，依次盖住所有对话。
-    """
-    parts = []
-    waiting = [(i, min(i + max_rows, len(lengths))) for i in range(0, len(lengths), max_rows)]
-    while waiting:
-        start, stop = waiting.pop(0)
-        width = max(lengths[start:stop])
-        num_padding = width * (stop - start) - sum(lengths[start:stop])
-        middle = (start + stop) // 2
-        if middle - start >= MIN_ROWS and num_padding > max_padding * width * (stop - start):
-            waiting[:0] = [(start, middle), (middle, stop)]
-        else:
-            parts.append((start, stop))
-    return parts

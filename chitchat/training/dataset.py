@@ -68,8 +68,9 @@ class Batch(NamedTuple):
     """一个窗口的张量。"""
 
     input_ids: torch.Tensor  # (B, T)
-    labels: torch.Tensor  # (B, T)，补齐处为 ignore_index
-    num_targets: int
+    labels: torch.Tensor  # (B, T)，补齐处为 IGNORE_INDEX
+    lengths: list[int]  # 每段对话的 token 数，不含补齐，共 B 个
+    num_targets: int  # 见 Window
 
 
 class DialogueDataset(Dataset[Batch]):
@@ -82,7 +83,6 @@ class DialogueDataset(Dataset[Batch]):
         *,
         max_len: int,
         pad_id: int,
-        ignore_index: int = IGNORE_INDEX,
         width_multiple: int = 1,
     ) -> None:
         """建立数据集。
@@ -92,14 +92,12 @@ class DialogueDataset(Dataset[Batch]):
             indices: 属于本数据集的对话下标，形状 (D,)。
             max_len: 每段对话最多保留的 token 数，多余的截去。
             pad_id: [PAD] 的 id。
-            ignore_index: labels 里补齐处的值。
             width_multiple: 批次的宽度补齐到它的倍数。
         """
         self.table = table
         self.indices = indices
         self.max_len = max_len
         self.pad_id = pad_id
-        self.ignore_index = ignore_index
         self.width_multiple = width_multiple
         self.lengths = np.minimum(table.lengths[indices], max_len)
 
@@ -114,7 +112,6 @@ class DialogueDataset(Dataset[Batch]):
             rows,
             window.num_targets,
             pad_id=self.pad_id,
-            ignore_index=self.ignore_index,
             width_multiple=self.width_multiple,
         )
 
@@ -124,7 +121,6 @@ def collate(
     num_targets: int,
     *,
     pad_id: int,
-    ignore_index: int,
     width_multiple: int = 1,
 ) -> Batch:
     """右侧补齐成矩形；没有对话时给出一行全是补齐的占位，多进程的梯度同步才不会少一方。
@@ -133,18 +129,17 @@ def collate(
         rows: 每段对话的 token id，长度可不同，可为空。
         num_targets: 原样放进结果。
         pad_id: input_ids 的补齐值。
-        ignore_index: labels 的补齐值。
         width_multiple: 宽度补齐到它的倍数。
     """
-    width = max([2, *(len(row) for row in rows)])
-    width = -(-width // width_multiple) * width_multiple
-    input_ids = torch.full((max(1, len(rows)), width), pad_id, dtype=torch.long)
-    labels = torch.full_like(input_ids, ignore_index)
+    lengths = [len(row) for row in rows] or [0]
+    width = -(-max(2, *lengths) // width_multiple) * width_multiple
+    input_ids = torch.full((len(lengths), width), pad_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     for i, row in enumerate(rows):
         tokens = torch.from_numpy(row)
         input_ids[i, : len(row)] = tokens
         labels[i, : len(row)] = tokens
-    return Batch(input_ids, labels, num_targets)
+    return Batch(input_ids, labels, lengths, num_targets)
 
 
 def _ignore_stop_signals(worker_id: int) -> None:

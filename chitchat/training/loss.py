@@ -65,17 +65,10 @@ class LossModule(nn.Module):
     混合精度也在这里面：autocast 只管当前线程，DataParallel 的每块卡却各有一个线程。
     """
 
-    def __init__(
-        self,
-        model: GPT2LMHeadModel,
-        ignore_index: int = IGNORE_INDEX,
-        *,
-        precision: str = "fp32",
-    ) -> None:
+    def __init__(self, model: GPT2LMHeadModel, *, precision: str = "fp32") -> None:
         """precision 是矩阵乘法的精度，PRECISIONS 之一；参数和 loss 总是 float32。"""
         super().__init__()
         self.model = model
-        self.ignore_index = ignore_index
         self.dtype = PRECISIONS[precision]
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +78,7 @@ class LossModule(nn.Module):
 
         Args:
             input_ids: 形状 (B, T)。
-            labels: 形状 (B, T)；位置 t+1 的值是位置 t 的目标，ignore_index 处不计。
+            labels: 形状 (B, T)；位置 t+1 的值是位置 t 的目标，IGNORE_INDEX 处不计。
 
         Returns:
             形状 (1, 3)，float32：loss 之和（nat）、预测的 token 数、猜对的 token 数。
@@ -93,7 +86,7 @@ class LossModule(nn.Module):
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]  # (B, T-1)，位置 t 预测第 t+1 个 token
-        is_target = targets != self.ignore_index
+        is_target = targets != IGNORE_INDEX
         hidden, targets = hidden[:, :-1][is_target], targets[is_target]  # (M, C)、(M,)
         # 最后的归一化给出 float32；输出层也要用低精度来乘。
         loss_sum, num_correct = LinearCrossEntropy.apply(

@@ -1,4 +1,4 @@
-"""训练的衡量与判断：按 token 平均、速度、验证、早停。"""
+"""训练的衡量：按 token 平均、速度、验证。"""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ class TokenAverage:
         self.num_tokens += int(num_tokens)
         self.num_correct += int(num_correct)
 
+    def merge(self, other: TokenAverage) -> None:
+        """加上另一份累计；不修改 other。"""
+        self.loss_sum += other.loss_sum
+        self.num_tokens += other.num_tokens
+        self.num_correct += other.num_correct
+
     @property
     def loss(self) -> float:
         """平均 loss，nat 每 token；一个 token 也没有时是 NaN。"""
@@ -46,71 +52,46 @@ class TokenAverage:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-class EarlyStopping:
-    """验证 loss 连续 patience 轮没有变好就停。"""
-
-    def __init__(self, patience: int) -> None:
-        """建立计数器；patience 为 0 表示从不停。"""
-        self.patience = patience
-        self.best_loss = math.inf
-        self.num_bad_epochs = 0
-
-    def update(self, val_loss: float) -> bool:
-        """记下一轮的验证 loss，返回它是不是目前最好的。"""
-        is_best = val_loss < self.best_loss
-        self.best_loss = min(self.best_loss, val_loss)
-        self.num_bad_epochs = 0 if is_best else self.num_bad_epochs + 1
-        return is_best
-
-    @property
-    def should_stop(self) -> bool:
-        """是否已经连续 patience 轮没有变好。"""
-        return 0 < self.patience <= self.num_bad_epochs
-
-
 class Meter:
-    """一轮训练中的累计：全轮的平均，以及上次读取以来的平均和速度。
+    """把各步的和取回来，记进一轮的累计，并给出速度。
 
     各步的和先留在设备上，读取时才取回，因此不必每步等待 GPU。
     """
 
-    def __init__(
-        self, device: torch.device, processes: Processes, epoch: TokenAverage | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, processes: Processes, epoch: TokenAverage) -> None:
         """开始累计。
 
         Args:
             device: 各步的和所在的设备。
             processes: 进程分工，读取时各进程相加。
-            epoch: 断点续训时，本轮此前的累计。
+            epoch: 本轮此前的累计；每次读取都加到它上面，它仍归调用者所有。
         """
         self._processes = processes
         self._recent = torch.zeros(3, dtype=torch.float64, device=device)
-        self.epoch = epoch or TokenAverage()
-        self._num_resumed = self.epoch.num_tokens
+        self._epoch = epoch
+        self._num_resumed = epoch.num_tokens
         self._started = self._last_read = time.perf_counter()
 
     def add(self, sums: Tensor) -> None:
         """加上一步的三个和，形状 (3,)。"""
         self._recent += sums
 
-    def read_recent(self) -> tuple[TokenAverage, float]:
-        """上次读取以来的平均，以及每秒训练的 token 数（不含补齐）。"""
+    def read(self) -> tuple[TokenAverage, float]:
+        """上次读取以来的平均，以及每秒训练的 token 数（不含补齐）；也加进本轮的累计。"""
         recent = TokenAverage()
-        sums = self._processes.sum(self._recent)
-        recent.add(sums)
-        self.epoch.add(sums)
+        recent.add(self._processes.sum(self._recent))
+        self._epoch.merge(recent)
         now = time.perf_counter()
         speed = recent.num_tokens / max(now - self._last_read, 1e-9)
         self._recent.zero_()
         self._last_read = now
         return recent, speed
 
-    def read_epoch(self) -> tuple[TokenAverage, float]:
-        """整轮的平均，以及每秒训练的 token 数（不含补齐）。"""
-        self.read_recent()
+    def read_epoch_speed(self) -> float:
+        """本次运行里，这一轮每秒训练的 token 数（不含补齐）；先读取。"""
+        self.read()
         seconds = max(self._last_read - self._started, 1e-9)
-        return self.epoch, (self.epoch.num_tokens - self._num_resumed) / seconds
+        return (self._epoch.num_tokens - self._num_resumed) / seconds
 
 
 def evaluate(

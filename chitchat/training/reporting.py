@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -100,7 +102,10 @@ class TrainingLog:
 
 
 class MetricWriter:
-    """把指标写进 TensorBoard；``log_dir`` 为 None 时什么也不做。"""
+    """把指标写进 TensorBoard；``log_dir`` 为 None 时什么也不做。
+
+    写不进去（例如磁盘满了）时只提醒一次，此后不再写，训练照常。
+    """
 
     def __init__(self, log_dir: Path | None, first_step: int = 0) -> None:
         """打开记录。
@@ -110,28 +115,48 @@ class MetricWriter:
             first_step: 断点续训的起点，此前一次运行写下的更晚的点不再显示。
         """
         self._writer = None
-        if log_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        self._threading_hook = threading.excepthook
+        if log_dir is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = self._on_thread_error  # 它在后台的线程里写，会留下 traceback
+        with self._give_up_on_error():
             self._writer = SummaryWriter(
                 str(log_dir), purge_step=first_step + 1 if first_step else None
             )
 
     def write(self, step: int, **metrics: float) -> None:
         """写一组数；名字里的第一个下划线换成斜线，``train_loss`` 记作 ``train/loss``。"""
-        if self._writer is not None:
+        with self._give_up_on_error():
             for name, value in metrics.items():
-                self._writer.add_scalar(name.replace("_", "/", 1), value, step)
+                if self._writer is not None:
+                    self._writer.add_scalar(name.replace("_", "/", 1), value, step)
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """写一段 Markdown 文字。"""
-        if self._writer is not None:
-            self._writer.add_text(name, text, step)
+        with self._give_up_on_error():
+            if self._writer is not None:
+                self._writer.add_text(name, text, step)
 
     def close(self) -> None:
         """把缓冲写完。"""
-        if self._writer is not None:
-            self._writer.close()
+        with self._give_up_on_error():
+            if self._writer is not None:
+                self._writer.close()
+        threading.excepthook = self._threading_hook
+
+    @contextlib.contextmanager
+    def _give_up_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # 后台线程里的，下一次写时也由这里抛出
+            logger.warning("tensorboard stopped: %s", error)
+            self._writer = None
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        if not issubclass(error.exc_type, OSError):
+            self._threading_hook(error)
 
 
 class ProgressLines:
@@ -151,8 +176,7 @@ class ProgressLines:
 
     def report(self, step: int, epoch: int, recent: TokenAverage, *, lr: float) -> None:
         """做完了第 step 次更新，recent 是上次 report 以来的平均；到时候就写一行。"""
-        self._recent.loss_sum += recent.loss_sum
-        self._recent.num_tokens += recent.num_tokens
+        self._recent.merge(recent)
         now = time.perf_counter()
         if now - self._last < PROGRESS_SECONDS:
             return

@@ -1,12 +1,12 @@
-"""训练状态：断点续训所需的一切，存成一个文件，从任何一刻接着训练。"""
+"""训练状态的文件：走到了哪里，续训时不能变的是什么，读回来时怎样核对。"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,12 +14,10 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from chitchat.errors import UserError
-from chitchat.files import atomic_file
 from chitchat.tokens.token_table import TokenTable
 from chitchat.tokens.tokenizer import vocab_text
-from chitchat.training.meters import EarlyStopping, TokenAverage
+from chitchat.training.meters import TokenAverage
 from chitchat.training.processes import Processes
-from chitchat.training.updater import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -46,27 +44,36 @@ class Progress:
     window: int = 0
     step: int = 0
     average: TokenAverage = field(default_factory=TokenAverage)
-    best_loss: float = float("inf")
+    best_loss: float = math.inf
     num_bad_epochs: int = 0
     train_losses: list[float] = field(default_factory=list)
     val_losses: list[float] = field(default_factory=list)
 
-    def finish_epoch(
-        self, average: TokenAverage, validation: TokenAverage, stopping: EarlyStopping
-    ) -> None:
-        """记下一轮的结果，转到下一轮的开头。"""
-        self.train_losses.append(average.loss)
-        self.val_losses.append(validation.loss)
-        self.best_loss, self.num_bad_epochs = stopping.best_loss, stopping.num_bad_epochs
+    def advance(self) -> None:
+        """又做完了一个窗口。"""
+        self.window += 1
+        self.step += 1
+
+    def finish_epoch(self, val_loss: float) -> bool:
+        """记下一轮的结果，转到下一轮的开头；返回验证 loss 是不是目前最低的。"""
+        is_best = val_loss < self.best_loss
+        self.best_loss = min(self.best_loss, val_loss)
+        self.num_bad_epochs = 0 if is_best else self.num_bad_epochs + 1
+        self.train_losses.append(self.average.loss)
+        self.val_losses.append(val_loss)
         self.epoch += 1
         self.window = 0
         self.average = TokenAverage()
+        return is_best
 
-    def early_stopping(self, patience: int) -> EarlyStopping:
-        """由记下的数恢复早停的计数器。"""
-        stopping = EarlyStopping(patience)
-        stopping.best_loss, stopping.num_bad_epochs = self.best_loss, self.num_bad_epochs
-        return stopping
+    def should_stop(self, patience: int) -> bool:
+        """是否已经连续 patience 轮没有变好；patience 为 0 表示从不。"""
+        return 0 < patience <= self.num_bad_epochs
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> Progress:
+        """由 dataclasses.asdict 的结果恢复。"""
+        return cls(**{**saved, "average": TokenAverage(**saved["average"])})
 
 
 def fingerprint(table: TokenTable, tokenizer: Tokenizer, model: GPT2LMHeadModel) -> dict[str, str]:
@@ -86,41 +93,6 @@ def fingerprint(table: TokenTable, tokenizer: Tokenizer, model: GPT2LMHeadModel)
     return {"train_path": corpus.hexdigest(), **hashes}
 
 
-def save_state(
-    path: Path,
-    *,
-    model: GPT2LMHeadModel,
-    updater: Updater,
-    progress: Progress,
-    identity: dict,
-    processes: Processes,
-    device: torch.device,
-) -> None:
-    """存下训练状态，整个出现或不出现；所有进程都要调用，由主进程写。
-
-    Args:
-        path: 目标文件。
-        model: 未包装的模型。
-        updater: 优化器、学习率曲线等的状态由它给出。
-        progress: 走到了哪里。
-        identity: 续训时不能变的选项和指纹。
-        processes: 进程分工。
-        device: 本进程的设备，随机状态取自 CPU 和它。
-    """
-    random_states = processes.gather(_random_state(device))
-    if not processes.is_main:
-        return
-    state = {
-        "identity": identity,
-        "progress": asdict(progress),
-        "model": model.state_dict(),
-        "updater": updater.state_dict(),
-        "random_states": random_states,
-    }
-    with atomic_file(path) as partial:
-        torch.save(state, partial)
-
-
 def find_state(path: Path, identity: dict, processes: Processes) -> dict | None:
     """读训练状态，没有时是 None；只有主进程读文件，别的机器上不必有它。参数同 load_state。"""
     state = processes.share(lambda: load_state(path, identity) if path.is_file() else None)
@@ -129,21 +101,12 @@ def find_state(path: Path, identity: dict, processes: Processes) -> dict | None:
     return state
 
 
-def set_aside(path: Path) -> None:
-    """从头训练时，把上一次训练的状态改名：这一次还没存下状态就中断的话，不能接到它上面去。"""
-    if path.is_file():
-        names = (path.with_suffix(f".old{i}{path.suffix}") for i in itertools.count(1))
-        old = next(name for name in names if not name.exists())
-        path.rename(old)
-        logger.info("training state of an earlier run is now %s", old)
-
-
 def load_state(path: Path, identity: dict) -> dict:
     """读训练状态，并确认这次的选项与上次相同。
 
     Args:
-        path: save_state 写的文件。
-        identity: 同 save_state；precision 是 ``auto`` 时存下的是什么都行。
+        path: Run.save_state 写的文件。
+        identity: 续训时不能变的选项和指纹；precision 是 ``auto`` 时存下的是什么都行。
 
     Raises:
         UserError: 文件损坏，或不能变的选项变了（指出是哪一个）。
@@ -169,34 +132,3 @@ def load_state(path: Path, identity: dict) -> dict:
                 "或去掉 --resume、换一个 --save_model_path 重新训练"
             )
     return state
-
-
-def restore_state(
-    state: dict,
-    *,
-    model: GPT2LMHeadModel,
-    updater: Updater,
-    processes: Processes,
-    device: torch.device,
-    peak_lr: float | None = None,
-) -> Progress:
-    """把 load_state 读到的状态放回模型、优化器和随机数发生器，返回走到了哪里。
-
-    peak_lr 是新的学习率峰值，None 表示不变。
-    """
-    model.load_state_dict(state["model"])
-    updater.load_state_dict(state["updater"], peak_lr=peak_lr)
-    if len(state["random_states"]) == processes.world_size:
-        own = state["random_states"][processes.rank]
-        torch.set_rng_state(own["cpu"])
-        if device.type == "cuda" and own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], device)
-    saved = dict(state["progress"])
-    progress = Progress(**{**saved, "average": TokenAverage(**saved["average"])})
-    logger.info("resume: epoch=%d step=%d", progress.epoch + 1, progress.step)
-    return progress
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}

@@ -6,12 +6,13 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from chitchat.training.batching import MAX_PADDING, split_rows
-from chitchat.training.dataset import IGNORE_INDEX, build_loaders
+from chitchat.training.dataset import build_loaders
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers
+from chitchat.training.plan import choose_precision
 from chitchat.training.processes import Processes
-from chitchat.training.updater import Updater, choose_precision
+from chitchat.training.splitting import MAX_PADDING, split_rows
+from chitchat.training.updater import Updater
 
 
 def build_model(config_path, device, **fields):
@@ -33,7 +34,6 @@ def load_batches(table, *, train_window, val_window, val_num):
         processes=Processes(),
         max_len=150,
         pad_id=0,
-        ignore_index=IGNORE_INDEX,
     )
 
 
@@ -54,6 +54,6 @@ def build_updater(model, device, *, optimizer, lr, lr_factor=lambda step: 1.0, p
 
 def count_cells(batch, max_padding=MAX_PADDING):
     """一个窗口分成几次前向，连补齐在内共多少个位置。"""
-    lengths = (batch.labels != IGNORE_INDEX).sum(dim=1).tolist()
+    lengths = batch.lengths
     parts = split_rows(lengths, max_rows=len(lengths), max_padding=max_padding)
     return len(parts), sum(max(lengths[i:j]) * (j - i) for i, j in parts)

@@ -24,7 +24,7 @@ import reference_loop  # noqa: E402
 
 from chitchat.cli import quiet_transformers  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
-from chitchat.training.batching import MAX_PADDING  # noqa: E402
+from chitchat.training.splitting import MAX_PADDING  # noqa: E402
 
 
 def measure_padding(train_path, vocab_size, batch_sizes):

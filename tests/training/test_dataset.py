@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from chitchat.tokens.batch_encoder import EncodedBatch
 from chitchat.tokens.token_table import TokenTable, load_token_table
 from chitchat.tokens.token_writer import open_writer
-from chitchat.training.batching import LengthBucketSampler, Window, split_rows
-from chitchat.training.dataset import DialogueDataset, collate, split_indices
+from chitchat.training.batching import LengthBucketSampler, Window
+from chitchat.training.dataset import IGNORE_INDEX, DialogueDataset, collate, split_indices
+from chitchat.training.splitting import split_rows
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_length_buckets_leave_little_padding():
 
 def test_rows_are_padded_on_the_right_and_padding_is_no_target():
     rows = [np.array([5, 6, 7, 8]), np.array([0, 9])]  # 对话里的 0 不是补齐
-    batch = collate(rows, 4, pad_id=0, ignore_index=-100)
+    batch = collate(rows, 4, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [0, 9, 0, 0]]
     assert batch.labels.tolist() == [[5, 6, 7, 8], [0, 9, -100, -100]]
     assert {batch.input_ids.dtype, batch.labels.dtype} == {torch.long}
@@ -127,22 +128,22 @@ def test_rows_are_padded_on_the_right_and_padding_is_no_target():
 @pytest.mark.parametrize(
     ("rows", "input_ids", "labels"),
     [
-        ([], [[3, 3]], [[-1, -1]]),
-        ([[]], [[3, 3]], [[-1, -1]]),
-        ([[7]], [[7, 3]], [[7, -1]]),
-        ([[], [7, 8, 9]], [[3, 3, 3], [7, 8, 9]], [[-1, -1, -1], [7, 8, 9]]),
+        ([], [[3, 3]], [[-100, -100]]),
+        ([[]], [[3, 3]], [[-100, -100]]),
+        ([[7]], [[7, 3]], [[7, -100]]),
+        ([[], [7, 8, 9]], [[3, 3, 3], [7, 8, 9]], [[-100] * 3, [7, 8, 9]]),
     ],
 )
 def test_short_or_missing_rows_become_placeholders(rows, input_ids, labels):
     arrays = [np.array(row, dtype=np.int64) for row in rows]
-    batch = collate(arrays, 0, pad_id=3, ignore_index=-1)
+    batch = collate(arrays, 0, pad_id=3)
     assert batch.input_ids.tolist() == input_ids
     assert batch.labels.tolist() == labels
 
 
 def make_dataset(max_len: int) -> DialogueDataset:
     table = TokenTable.from_dialogues([[11, 12], [21, 22, 23, 24, 25], [31], [41, 42, 43]])
-    return DialogueDataset(table, np.array([1, 3, 0]), max_len=max_len, pad_id=0, ignore_index=-7)
+    return DialogueDataset(table, np.array([1, 3, 0]), max_len=max_len, pad_id=0)
 
 
 def test_dataset_truncates_and_maps_its_own_indices():
@@ -151,7 +152,7 @@ def test_dataset_truncates_and_maps_its_own_indices():
     assert dataset.lengths.tolist() == [4, 3, 2]
     batch = dataset[Window([0, 2], 4)]
     assert batch.input_ids.tolist() == [[21, 22, 23, 24], [11, 12, 0, 0]]
-    assert batch.labels.tolist() == [[21, 22, 23, 24], [11, 12, -7, -7]]
+    assert batch.labels.tolist() == [[21, 22, 23, 24], [11, 12, -100, -100]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -164,7 +165,7 @@ def test_loader_gives_one_batch_per_window_with_its_number_of_targets(num_worker
     rows = [tuple(t for t in row if t) for batch in batches for row in batch.input_ids.tolist()]
     assert sorted(rows) == [(11, 12), (21, 22, 23, 24), (41, 42, 43)]
     for batch in batches:
-        assert batch.num_targets == int((batch.labels[:, 1:] != -7).sum())
+        assert batch.num_targets == int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def test_spawned_workers_map_the_corpus_themselves(tmp_path):

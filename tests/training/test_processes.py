@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import train
 from chitchat.errors import UserError
 from chitchat.training import processes as processes_module
-from chitchat.training.dataset import IGNORE_INDEX, collate
+from chitchat.training.dataset import collate
 from chitchat.training.loss import LossModule
 from chitchat.training.processes import Processes, choose_devices, parallelize
 from chitchat.training.updater import Updater
@@ -97,18 +97,18 @@ def update_twice(processes: Processes) -> tuple[dict[str, Tensor], list[float], 
     for window in WINDOWS:
         num_targets = sum(len(row) - 1 for row in window)
         rows = [np.array(row) for row in window[processes.rank :: processes.world_size]]
-        batch = collate(rows, num_targets, pad_id=0, ignore_index=IGNORE_INDEX)
+        batch = collate(rows, num_targets, pad_id=0)
         total += updater.step(batch)[0]
         module.limit = 1 if processes.rank == 1 else 99
-    updater.max_rows = None  # 验证也一样：第二个进程要拆开，第一个不用
+    updater.splitter.max_rows = None  # 验证也一样：第二个进程要拆开，第一个不用
     total += updater.forward(batch)
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
-    return weights, processes.sum(total).tolist(), updater.max_rows
+    return weights, processes.sum(total).tolist(), updater.splitter.max_rows
 
 
 def interrupt_rank_1(rank: int) -> None:
     """第二个进程在第一次更新之后收到 Ctrl+C。"""
-    update = train.Updater.step
+    update = Updater.step
 
     def step(self: Updater, batch: object) -> object:
         result = update(self, batch)
@@ -116,7 +116,7 @@ def interrupt_rank_1(rank: int) -> None:
             signal.raise_signal(signal.SIGINT)
         return result
 
-    train.Updater.step = step
+    Updater.step = step
 
 
 def complain(rank: int) -> None:
@@ -135,10 +135,10 @@ def work(rank: int, folder: Path, ports: list[int]) -> None:
         return train.main([*train_options(folder, disk), *flags])
 
     result = {"codes": [run_train("two")]}
-    update = train.Updater.step
+    update = Updater.step
     interrupt_rank_1(rank)
     result["codes"].append(run_train("interrupted"))
-    train.Updater.step = update
+    Updater.step = update
     result["codes"].append(run_train("interrupted", "--resume"))
 
     os.environ["MASTER_PORT"] = str(next(ports))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +24,13 @@ from chitchat.tokens.token_table import TokenTable
 from chitchat.training import meters as training
 from chitchat.training import reporting
 from chitchat.training.batching import LengthBucketSampler
-from chitchat.training.dataset import IGNORE_INDEX, Batch, DialogueDataset, collate
+from chitchat.training.dataset import Batch, DialogueDataset, collate
 from chitchat.training.loss import LossModule
-from chitchat.training.meters import EarlyStopping, Meter, TokenAverage, evaluate
+from chitchat.training.meters import Meter, TokenAverage, evaluate
 from chitchat.training.optimizers import build_optimizers, build_schedulers
 from chitchat.training.processes import Processes
 from chitchat.training.reporting import MetricWriter
+from chitchat.training.state import Progress
 from chitchat.training.updater import Updater
 
 CPU = torch.device("cpu")
@@ -41,7 +45,7 @@ DIALOGUES = [
 def make_batch(dialogues: list[list[int]]) -> Batch:
     rows = [np.array(token_ids) for token_ids in dialogues]
     num_targets = sum(len(row) - 1 for row in rows)
-    return collate(rows, num_targets, pad_id=0, ignore_index=IGNORE_INDEX)
+    return collate(rows, num_targets, pad_id=0)
 
 
 def take_step(
@@ -105,8 +109,8 @@ def test_average_without_tokens_is_nan_and_huge_perplexity_is_infinite():
     ],
 )
 def test_early_stopping_by_table(patience, losses, best, stops):
-    stopping = EarlyStopping(patience)
-    seen = [(stopping.update(loss), stopping.should_stop) for loss in losses]
+    progress = Progress()
+    seen = [(progress.finish_epoch(loss), progress.should_stop(patience)) for loss in losses]
     assert "".join("ny"[is_best] for is_best, _ in seen) == best
     assert "".join("ny"[should_stop] for _, should_stop in seen) == stops
 
@@ -249,20 +253,86 @@ def test_metrics_without_a_folder_write_nothing():
     assert list(Path.cwd().iterdir()) == []  # conftest 让当前目录是空的 tmp_path
 
 
+class FullDisk:
+    """代替 SummaryWriter：第 ``allowed`` 次写之后磁盘满了；``where`` 是在哪里发现的。"""
+
+    allowed, where = 1, "add"
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.num_writes = 0
+        if self.where == "open":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def add_scalar(self, *_: object) -> None:
+        self.num_writes += 1
+        if self.where == "add" and self.num_writes > self.allowed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    add_text = add_scalar
+
+    def close(self) -> None:
+        if self.where == "close":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def warnings_of(monkeypatch, caplog):
+    """reporting 写下的警告。"""
+    logger = logging.getLogger("chitchat.training.reporting")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("where", ["open", "add", "close"])
+def test_full_disk_stops_the_metrics_with_one_warning(where, tmp_path, monkeypatch, warnings_of):
+    monkeypatch.setattr(FullDisk, "where", where)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
+    writer = MetricWriter(tmp_path / "runs")
+    for step in range(5):
+        writer.write(step, train_loss=1.0, train_lr=1.0)
+        writer.write_text(step, "samples", "x")
+    writer.close()
+    (warning,) = warnings_of()
+    assert "tensorboard stopped" in warning
+    assert "No space left on device" in warning
+
+
+def test_full_disk_found_in_the_background_is_one_warning_too(
+    tmp_path, monkeypatch, warnings_of, capsys
+):
+    """真的 SummaryWriter：它在自己的线程里写文件。"""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hook = threading.excepthook
+    writer = MetricWriter(tmp_path / "runs")
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", refuse)
+    for step in range(30):
+        writer.write(step, train_loss=1.0)
+        time.sleep(0.01)
+    writer.close()
+    assert len(warnings_of()) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is hook
+
+
 def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
     clock = iter([100.0, 102.0, 107.0, 110.0])
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    meter = Meter(CPU, Processes())
+    average = TokenAverage()
+    meter = Meter(CPU, Processes(), average)
     meter.add(torch.tensor([8.0, 4, 1]))
     meter.add(torch.tensor([4.0, 2, 1]))
-    recent, speed = meter.read_recent()
+    recent, speed = meter.read()
     assert (recent.loss, recent.accuracy, speed) == (2.0, 2 / 6, 6 / 2)
     meter.add(torch.tensor([1.0, 10, 5]))
-    recent, speed = meter.read_recent()
+    recent, speed = meter.read()
     assert (recent.loss, recent.accuracy, speed) == (0.1, 0.5, 10 / 5)
     meter.add(torch.tensor([7.0, 4, 0]))
-    epoch, speed = meter.read_epoch()
-    assert (epoch.loss, epoch.accuracy, speed) == (20.0 / 20, 7 / 20, 20 / 10)
+    speed = meter.read_epoch_speed()
+    assert (average.loss, average.accuracy, speed) == (20.0 / 20, 7 / 20, 20 / 10)
 
 
 def test_progress_lines_average_over_ten_seconds_and_estimate_the_rest(monkeypatch, caplog):

@@ -15,11 +15,12 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
 from chitchat.errors import UserError
-from chitchat.training.dataset import IGNORE_INDEX, Batch, collate
+from chitchat.training.dataset import Batch, collate
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers, build_schedulers
+from chitchat.training.plan import choose_precision
 from chitchat.training.processes import Processes
-from chitchat.training.updater import Updater, choose_precision
+from chitchat.training.updater import Updater
 
 CPU = torch.device("cpu")
 DIALOGUES = [
@@ -35,7 +36,7 @@ NUM_TARGETS = 20
 def make_batch(dialogues: list[list[int]] = DIALOGUES) -> Batch:
     rows = [np.array(token_ids) for token_ids in dialogues]
     num_targets = sum(len(row) - 1 for row in rows)
-    return collate(rows, num_targets, pad_id=0, ignore_index=IGNORE_INDEX)
+    return collate(rows, num_targets, pad_id=0)
 
 
 class Scarce(LossModule):
@@ -98,8 +99,8 @@ def plain_update(model: GPT2LMHeadModel) -> tuple[float, dict[str, Tensor]]:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list]:
-    """本模块写下的日志，各行的文字。"""
-    logger = logging.getLogger("chitchat.training.updater")
+    """拆分时写下的日志，各行的文字。"""
+    logger = logging.getLogger("chitchat.training.splitting")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     monkeypatch.setattr(logger, "propagate", False)
     return lambda: [r.getMessage() for r in caplog.records if r.name == logger.name]
@@ -126,7 +127,7 @@ def test_window_that_does_not_fit_is_split_without_changing_the_gradient(
     assert sums.tolist()[:2] == pytest.approx([loss_sum, NUM_TARGETS])
     torch.testing.assert_close(copy_params(model), expected, rtol=1e-3, atol=1e-6)
     assert module.sizes == sizes
-    assert updater.max_rows == max_rows
+    assert updater.splitter.max_rows == max_rows
     halvings = [rows for rows in (3, 2, 1) if rows >= (max_rows or 9)]
     assert log() == [f"out of memory: max dialogues per forward={rows}" for rows in halvings]
 
@@ -138,7 +139,7 @@ def test_padded_window_is_split_without_changing_the_gradient(make_model):
         model = make_model()
         module = Scarce(model)
         updater = make_updater(module)
-        updater.max_padding = max_padding
+        updater.splitter.max_padding = max_padding
         sums, _ = updater.step(make_batch(dialogues))
         results.append((copy_params(model), sums))
         assert module.sizes == ([40] if max_padding == 1.0 else [20, 20])
@@ -343,6 +344,6 @@ def test_forward_splits_like_a_step_and_changes_nothing(make_model):
     sums = updater.forward(make_batch())
     assert sums.tolist()[:2] == pytest.approx([loss_sum, NUM_TARGETS])
     assert module.sizes == [5, 3, 2, 2, 1]
-    assert updater.max_rows == 2
+    assert updater.splitter.max_rows == 2
     assert all(param.grad is None for param in model.parameters())
     torch.testing.assert_close(copy_params(model), before, rtol=0, atol=0)

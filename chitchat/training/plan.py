@@ -1,0 +1,103 @@
+"""开始训练之前定下来、此后不变的：优化器、学习率曲线、精度、更新的次数。"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from chitchat.training.loss import LossModule
+from chitchat.training.optimizers import (
+    DEFAULT_LR,
+    build_optimizers,
+    build_schedulers,
+    choose_optimizer,
+)
+from chitchat.training.processes import Processes, parallelize
+from chitchat.training.updater import Updater
+
+MAX_WARMUP_STEPS = 4000  # 参考实现的固定值，这里作上限
+FINE_TUNING_LR = 1e-4  # 从已有的权重继续时的学习率：再大就会忘掉已经学会的
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM 的
+
+
+@dataclass(frozen=True)
+class Plan:
+    """一次训练的安排；``auto`` 和 None 由 settle 定下来。
+
+    Attributes:
+        total_steps: 全部更新次数。
+        optimizer: ``auto``、``adamw`` 或 ``muon``。
+        lr: 学习率的峰值。
+        lr_schedule: 预热之后怎样变，见 learning_rate_factor。
+        warmup_steps: 预热的更新次数，0 表示不预热。
+        eps: AdamW 的 eps。
+        max_grad_norm: 梯度 L2 范数的上限。
+        max_padding: 一次前向里补齐超过这个比例就拆开，1 表示从不。
+        precision: 前向的精度，``auto`` 或 PRECISIONS 之一。
+    """
+
+    total_steps: int
+    optimizer: str
+    lr: float | None
+    lr_schedule: str
+    warmup_steps: int | None
+    eps: float
+    max_grad_norm: float
+    max_padding: float
+    precision: str
+
+    def settle(self, model: nn.Module, *, tokens_per_update: float, is_fine_tuning: bool) -> Plan:
+        """定下优化器、学习率和预热步数；不修改自己。
+
+        Args:
+            model: GPT2LMHeadModel。
+            tokens_per_update: 一次更新里一个进程平均的 token 数。
+            is_fine_tuning: 从已有的权重继续。
+        """
+        wanted = "adamw" if is_fine_tuning and self.optimizer == "auto" else self.optimizer
+        optimizer = choose_optimizer(wanted, model, tokens_per_update)
+        lr, warmup_steps = self.lr, self.warmup_steps
+        if lr is None:
+            lr = FINE_TUNING_LR if is_fine_tuning else DEFAULT_LR[optimizer]
+        if warmup_steps is None:
+            warmup_steps = min(MAX_WARMUP_STEPS, self.total_steps // 10)
+        return dataclasses.replace(self, optimizer=optimizer, lr=lr, warmup_steps=warmup_steps)
+
+    def build_updater(
+        self, model: nn.Module, devices: list[torch.device], processes: Processes
+    ) -> Updater:
+        """模型套上损失和并行，配好优化器与学习率曲线；全部定下来之后才能用。"""
+        optimizers = build_optimizers(model, self.optimizer, lr=self.lr, eps=self.eps)
+        return Updater(
+            parallelize(LossModule(model, precision=self.precision), devices, processes),
+            optimizers,
+            build_schedulers(
+                optimizers,
+                self.lr_schedule,
+                warmup_steps=self.warmup_steps,
+                total_steps=self.total_steps,
+            ),
+            max_grad_norm=self.max_grad_norm,
+            processes=processes,
+            device=devices[0],
+            max_padding=self.max_padding,
+        )
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """把 ``auto`` 变成具体的精度。
+
+    有 bf16 硬件用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32，在那里 bf16 要慢几十倍。
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    # 有指令还不够：只有 oneDNN（mkldnn）的矩阵乘法会用它们。
+    instructions = torch.cpu.get_capabilities()
+    has_bf16 = any(instructions.get(name) for name in BF16_INSTRUCTIONS)
+    return "bf16" if has_bf16 and torch.backends.mkldnn.is_available() else "fp32"
