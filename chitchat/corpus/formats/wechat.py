@@ -12,91 +12,20 @@
 
 from __future__ import annotations
 
-import html
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TextIO
 
 from chitchat.corpus.formats.base import Format, Head, ReadOptions
-from chitchat.corpus.formats.columns import Rows, find_header, open_rows, skip_header
 from chitchat.corpus.formats.json_values import iterate_items, iterate_lines
+from chitchat.corpus.formats.wechat_tables import (
+    kind_of_code,
+    read_wechat_table,
+    strip_sender,
+    table_label,
+)
 from chitchat.corpus.messages import Message, kind_of_type
 from chitchat.corpus.times import parse_times
 from chitchat.errors import UserError
-
-# 群消息的正文以“账号:换行”开头
-_SENDER_PREFIX = re.compile(r"\A(?P<account>wxid_[\w-]+|gh_\w+|[\w.-]+@[\w.-]+):\r?\n")
-# 微信数据库里的类型号；49 之类的应用消息另有子类型，57 是引用，有文字。
-_CODES = {
-    1: "", 2: "", 3: "图片", 34: "语音", 42: "名片", 43: "视频", 44: "视频", 47: "表情包",
-    48: "位置", 49: "链接", 50: "通话", 51: "系统", 62: "视频", 64: "通话", 66: "名片", 67: "名片",
-    10000: "系统", 10002: "撤回", 11000: "系统",
-}  # fmt: skip
-_APP_KINDS = {
-    3: "链接卡片", 4: "链接卡片", 5: "链接卡片", 6: "文件", 8: "表情包", 19: "转发", 33: "链接卡片",
-    36: "链接卡片", 2000: "红包转账", 2001: "红包转账",
-}  # fmt: skip
-_QUOTE = 57
-
-
-def _kind_of_code(code: str, subtype: str = "") -> str:
-    """类型号 → 不是话的缘由；高 32 位是子类型。"""
-    try:
-        number = int(float(code))
-        sub = int(float(subtype or 0)) or number >> 32
-    except (ValueError, OverflowError):
-        return kind_of_type(code)
-    number &= 0xFFFFFFFF
-    if number == 49 and sub == _QUOTE:
-        return ""
-    if number == 49 and sub in _APP_KINDS:
-        return _APP_KINDS[sub]
-    return kind_of_type(_CODES[number]) if number in _CODES else f"其他（类型 {code[:20]}）"
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """一种工具的表：各种用途的名字；空的没有。"""
-
-    label: str
-    text: str
-    time: tuple[str, ...]
-    account: str = ""
-    name: str = ""
-    me: str = ""
-    chat: str = ""
-    type: str = ""
-    code: str = ""
-    subtype: str = ""
-
-    def needed(self) -> set[str]:
-        """认这种表要有的名字。"""
-        return {self.text, self.time[0], self.me or self.account, self.type or self.code} - {""}
-
-
-_TABLES = (
-    _Layout("PyWxDump/WeClone/WeFlow CSV", "msg", ("CreateTime",), "talker", "", "is_sender",
-            "room_name", type="type_name"),
-    _Layout("旧版 PyWxDump/WeClone CSV", "content", ("CreateTime",), "talker", "", "is_sender",
-            "room_name", type="type_name"),
-    _Layout("留痕 MemoTrace CSV", "StrContent", ("CreateTime", "StrTime"), "Sender", "NickName",
-            "IsSender", "TalkerId", code="Type", subtype="SubType"),
-    _Layout("chatlog CSV", "Content", ("Time",), "Sender", "SenderName", "", "Talker"),
-)  # fmt: skip
-
-
-_MARKING = ("is_sender", "StrContent", "TalkerName")  # 各种表特有的列名
-
-
-def _layout_of(head: Head) -> tuple[_Layout, list[str]] | None:
-    """CSV 的表头是哪种工具的。"""
-    _, header = find_header(head, _MARKING)
-    for layout in _TABLES:
-        extra = {"SenderName"} if not layout.me else set()
-        if layout.needed() | extra <= set(header):
-            return layout, header
-    return None
 
 
 def _json_label(head: Head) -> str:
@@ -120,8 +49,8 @@ def _json_label(head: Head) -> str:
 def _recognise(head: Head) -> str:
     if label := _json_label(head):
         return f"键像 {label}"
-    if head.suffix in (".csv", ".txt", ".tsv", "") and (found := _layout_of(head)):
-        return f"列名像 {found[0].label}"
+    if head.suffix in (".csv", ".txt", ".tsv", "") and (label := table_label(head)):
+        return f"列名像 {label}"
     return ""
 
 
@@ -130,82 +59,13 @@ def read_wechat(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Mess
     if label := _json_label(head):
         yield from _read_chatlog_json(file, head) if label == "chatlog JSON" else _read_weflow(file)
         return
-    found = _layout_of(head)
-    if found is None:
+    if not table_label(head):
         raise UserError(
             "不像是认得的微信导出：应是 PyWxDump、WeClone、WeFlow、留痕、chatlog、CipherTalk、"
             "EchoTrace 的 CSV 或 JSON；可去掉 --format 自动认，"
             "或用 --format csv 和 --text_column、--speaker_column、--time_column"
         )
-    layout, header = found
-    rows = open_rows(file, head)
-    skip_header(rows, head, _MARKING)
-    columns = {name: column for column, name in enumerate(header)}
-    last_column = max(columns[name] for name in layout.needed())
-    with head.open_text() as again:
-        chat_column = _chat_column(layout, open_rows(again, head), columns)
-    for row in rows:
-        if len(row) > last_column:
-            cells = dict(zip(columns, row, strict=False))
-            message = _message(layout, cells, rows.line_num)
-            chat = cells.get(chat_column, "").strip()
-            speaker = "" if message.is_me and chat_column == layout.account else message.speaker
-            yield message._replace(chat=chat, speaker=speaker)
-
-
-def _chat_column(layout: _Layout, rows: Rows, columns: dict[str, int]) -> str:
-    """哪一列说明是哪个聊天；空串表示整个文件是一个聊天。
-
-    留痕的 TalkerId 不可靠：除了自己只有一个人时，就是一个聊天。PyWxDump 旧版没有 room_name，
-    自己的那些行若也写着对方的账号，talker 就是聊天。
-    """
-    others: set[str] = set()
-    mine: set[str] = set()
-    me, account = columns.get(layout.me, -1), columns.get(layout.account, -1)
-    for row in rows:
-        if 0 <= max(me, account) < len(row) and row[account].strip() not in ("", layout.account):
-            is_me = me >= 0 and row[me].strip().lower() in ("1", "true")
-            (mine if is_me else others).add(row[account].strip())
-    if layout.chat == "TalkerId":
-        return "" if len(others) == 1 else layout.chat
-    if layout.chat in columns or not layout.me:
-        return layout.chat
-    return layout.account if mine and mine <= others else ""
-
-
-def _message(layout: _Layout, row: Mapping[str, str], line: int) -> Message:
-    """表里的一行。"""
-
-    def cell(name: str) -> str:
-        return (row.get(name) or "").strip()
-
-    is_me = cell(layout.me).lower() in ("1", "true")
-    account, name, chat = cell(layout.account), cell(layout.name), cell(layout.chat)
-    if layout.label.startswith("chatlog"):
-        is_me = bool(chat) and not chat.endswith("@chatroom") and account != chat
-        account = account or name
-    text, prefix = _strip_sender(row.get(layout.text) or "")
-    kind = kind_of_type(cell(layout.type)) if layout.type else _kind_of_code(
-        cell(layout.code) or "1", cell(layout.subtype))  # fmt: skip
-    if not kind and text.lstrip().startswith("<") and cell(layout.subtype) == str(_QUOTE):
-        _, _, rest = text.partition("<title>")
-        text = html.unescape(rest.partition("</title>")[0])
-    return Message(
-        speaker=account or prefix or name,
-        times=next((t for field in layout.time if (t := parse_times(cell(field)))), ()),
-        text=text,
-        name=name,
-        is_me=is_me,
-        left_out=kind,
-        line=line,
-        has_type=bool(layout.type or layout.code),
-    )
-
-
-def _strip_sender(text: str) -> tuple[str, str]:
-    """群消息的正文和开头的账号；没有账号时是空串。"""
-    match = _SENDER_PREFIX.match(text)
-    return (text[match.end() :], match["account"]) if match else (text, "")
+    yield from read_wechat_table(file, head)
 
 
 def _read_weflow(file: TextIO) -> Iterator[Message]:
@@ -214,12 +74,12 @@ def _read_weflow(file: TextIO) -> Iterator[Message]:
             continue
         kind = str(message.get("type") or "")
         code = str(message.get("localType") or "")
-        left_out = kind_of_type(kind) if kind else _kind_of_code(code or "1")
+        left_out = kind_of_type(kind) if kind else kind_of_code(code or "1")
         if kind.startswith("其他") and code:  # 名字不知道的，看类型号：引用就是这样写的
-            left_out = _kind_of_code(code)
+            left_out = kind_of_code(code)
         if message.get("isSend") is None and not left_out:
             left_out = "系统提示"
-        text, prefix = _strip_sender(str(message.get("content") or ""))
+        text, prefix = strip_sender(str(message.get("content") or ""))
         yield Message(
             speaker=str(message.get("senderUsername") or prefix or ""),
             times=parse_times(str(message.get("createTime") or message.get("formattedTime") or "")),
@@ -247,7 +107,7 @@ def _read_chatlog_json(file: TextIO, head: Head) -> Iterator[Message]:
             chat=str(message.get("talker") or ""),
             name=str(message.get("senderName") or ""),
             is_me=bool(message.get("isSelf")),
-            left_out=_kind_of_code(str(message.get("type") or "1"), subtype),
+            left_out=kind_of_code(str(message.get("type") or "1"), subtype),
             has_type=True,
         )
 
