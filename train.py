@@ -56,6 +56,7 @@ NUM_SAMPLES = 3  # 每轮展示几句示例回复
 UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有指纹
     "train_mmi",
     "max_len",
+    "loss_on",
     "val_num",
     "batch_size",
     "gradient_accumulation_steps",
@@ -105,10 +106,8 @@ def prepare_data(
     """读训练数据，划分，给出整张表和训练、验证的 DataLoader。"""
     ids = special_ids(tokenizer)
     table = load_token_table(args.train_path, model.config.vocab_size, vocab_fingerprint(tokenizer))
-    if args.train_mmi:
-        table = reverse_dialogues(table, ids.sep)
     return table, build_loaders(
-        table,
+        reverse_dialogues(table, ids.sep) if args.train_mmi else table,
         val_num=args.val_num,
         train_window=args.batch_size * args.gradient_accumulation_steps,
         val_window=args.batch_size,
@@ -117,6 +116,8 @@ def prepare_data(
         processes=processes,
         max_len=args.max_len,
         pad_id=ids.pad,
+        sep_id=ids.sep,
+        is_only_replies=args.loss_on == "replies",
         width_multiple=COMPILED_WIDTH if args.compile else 1,
     )
 
@@ -201,8 +202,8 @@ def log_overview(
     train_loader, val_loader = loaders
     rows = {
         "num_params": run.model.num_parameters(),
-        "train_dialogues": len(train_loader.dataset),
-        "val_dialogues": len(val_loader.dataset),
+        "train_dialogues": len(train_loader.dataset.indices),
+        "val_dialogues": len(val_loader.dataset.indices),
         "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
         "dialogues_per_update": args.batch_size * args.gradient_accumulation_steps,
         "updates": run.plan.total_steps,
@@ -330,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
         )
+    if args.train_mmi and args.loss_on == "replies":
+        raise UserError("--train_mmi 学的是由回复猜上文，不能与 --loss_on replies 同用：请去掉一个")
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_failures())
         stack.enter_context(processes.join(devices[0]))

@@ -100,6 +100,7 @@ TRAIN = [
     ("--resume", "switch", False),
     ("--save_steps", "int>=0", 0),
     ("--save_total_limit", "int>=0", 0),
+    ("--loss_on", ["all", "replies"], "all"),
     ("--train_mmi", "switch", False),
 ]
 

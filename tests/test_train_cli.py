@@ -363,6 +363,33 @@ def test_interrupted_run_resumes_bit_for_bit(step, optimizer, run, with_dropout,
     assert_same_outcome(resumed, whole)
 
 
+@pytest.mark.parametrize("options", [{}, {"loss_on": "replies"}, {"train_mmi": True}])
+def test_long_dialogues_are_used_whole_and_resume_bit_for_bit(
+    options, run, with_dropout, monkeypatch, tmp_path
+):
+    words = list(range(104, 116))
+    rows = [[101, *([*words[: 2 + i % 5], 102, *words[i % 7 :], 102] * 6)] for i in range(22)]
+    options = {**with_dropout, "max_len": 20, "log_step": 1, **options}
+    options["train_path"] = write_pickle(tmp_path / "long.pkl", rows)
+    whole = run("whole", **options)
+    step = load_state_of(whole)["progress"]["step"] // 2 - 3
+    assert step > 10  # 二十段对话，每段六块以上
+    with monkeypatch.context() as patch:
+        happen_after(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        resumed = run("resumed", code=130, **options)
+    run("resumed", resume=True, **options)
+    assert_same_outcome(resumed, whole)
+
+
+def load_state_of(folder: Path) -> dict:
+    return torch.load(folder / STATE_NAME, weights_only=True)
+
+
+def test_backward_model_cannot_learn_from_replies_alone(run):
+    with pytest.raises(UserError, match=r"--train_mmi.*--loss_on replies"):
+        run(train_mmi=True, loss_on="replies")
+
+
 @pytest.mark.parametrize(("save_steps", "step"), [(3, 4), (2, 9), (0, 6)])
 def test_killed_run_resumes_from_the_last_saved_step(
     save_steps, step, run, with_dropout, monkeypatch
@@ -677,6 +704,7 @@ CHANGES = {
     "batch_size": lambda path: 5,
     "gradient_accumulation_steps": lambda path: 2,
     "max_len": lambda path: 32,
+    "loss_on": lambda path: "replies",
     "val_num": lambda path: 1,
     "optimizer": lambda path: "muon",
     "train_mmi": lambda path: True,
@@ -806,6 +834,7 @@ OUT_OF_RANGE = {
     "optimizer": ["sgd"],
     "precision": ["int8"],
     "lr_schedule": ["step"],
+    "loss_on": ["none"],
 }
 # 选项、写进文件的内容（str 直接作为取值），以及一句话里要点明的
 ERRORS = {

@@ -32,6 +32,7 @@ class LengthBucketSampler(Sampler[Window]):
         *,
         window_size: int,
         seed: int,
+        num_targets: np.ndarray | None = None,
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -39,9 +40,10 @@ class LengthBucketSampler(Sampler[Window]):
         """建立采样器。
 
         Args:
-            lengths: 每段对话截断后的 token 数，形状 (D,)。
+            lengths: 每段对话（或切成的一块）的 token 数，形状 (D,)。
             window_size: 每个窗口的对话数，所有进程合计。
             seed: 随机种子，所有进程相同。
+            num_targets: 每段要预测的 token 数，形状 (D,)；None 表示除第一个之外的全部。
             shuffle: False 时按长度固定排列，用于验证。
             rank: 本进程的编号。
             world_size: 进程数。
@@ -49,6 +51,7 @@ class LengthBucketSampler(Sampler[Window]):
         self.lengths = lengths
         self.window_size = window_size
         self.seed = seed
+        self.num_targets = (lengths - 1).clip(min=0) if num_targets is None else num_targets
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
@@ -69,5 +72,5 @@ class LengthBucketSampler(Sampler[Window]):
             generator.shuffle(starts)
         for start in starts[self.start :]:
             window = order[start : start + self.window_size]
-            num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
+            num_targets = int(self.num_targets[window].sum())
             yield Window(window[self.rank :: self.world_size].tolist(), num_targets)

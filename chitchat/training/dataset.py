@@ -15,8 +15,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from chitchat.cli import stop_signal_numbers
+from chitchat.errors import UserError
 from chitchat.tokens.token_table import TokenTable
 from chitchat.training.batching import LengthBucketSampler, Window
+from chitchat.training.pieces import (
+    Pieces,
+    ReversedTable,
+    count_reply_tokens,
+    cut_pieces,
+    is_in_reply,
+)
 from chitchat.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -45,8 +53,8 @@ def split_indices(
     return train, validation, is_reduced
 
 
-def reverse_dialogues(table: TokenTable, sep_id: int) -> TokenTable:
-    """把每段对话的各句倒过来，句内次序不变：``[CLS] uN [SEP] … u1 [SEP]``；不修改入参。
+def reverse_dialogues(table: TokenTable, sep_id: int) -> ReversedTable:
+    """把每段对话的各句倒过来，句内次序不变：``[CLS] uN [SEP] … u1 [SEP]``；不复制、不修改入参。
 
     反向模型由此学会“先有回复、再猜上文”，对话时用来挑选候选回复。
 
@@ -56,12 +64,7 @@ def reverse_dialogues(table: TokenTable, sep_id: int) -> TokenTable:
 
     来源: Li et al. 2016, arXiv:1510.03055 §4.2 的 MMI-bidi；DialoGPT, arXiv:1911.00536 §3.2。
     """
-    dialogues = []
-    for row in table:
-        ends = np.flatnonzero(row == sep_id) + 1
-        utterances = np.split(row[1:], ends - 1)
-        dialogues.append(np.concatenate([row[:1], *utterances[::-1]]))
-    return TokenTable.from_dialogues(dialogues)
+    return ReversedTable(table, sep_id)
 
 
 class Batch(NamedTuple):
@@ -74,15 +77,22 @@ class Batch(NamedTuple):
 
 
 class DialogueDataset(Dataset[Batch]):
-    """按 Window 取出一批对话并补齐；与 ``DataLoader(batch_size=None)`` 搭配。"""
+    """按 Window 取出一批对话（长的切成几块）并补齐；与 ``DataLoader(batch_size=None)`` 搭配。
+
+    Attributes:
+        pieces: 各块在语料的哪里；下标就是 Window 里的下标，共 P 块。
+        num_targets: 每块要预测的 token 数，形状 (P,)。
+    """
 
     def __init__(
         self,
-        table: TokenTable,
+        table: TokenTable | ReversedTable,
         indices: np.ndarray,
         *,
         max_len: int,
         pad_id: int,
+        sep_id: int,
+        is_only_replies: bool = False,
         width_multiple: int = 1,
     ) -> None:
         """建立数据集。
@@ -90,30 +100,56 @@ class DialogueDataset(Dataset[Batch]):
         Args:
             table: 全部对话。
             indices: 属于本数据集的对话下标，形状 (D,)。
-            max_len: 每段对话最多保留的 token 数，多余的截去。
+            max_len: 一块最多的 token 数，见 cut_pieces。
             pad_id: [PAD] 的 id。
+            sep_id: [SEP] 的 id。
+            is_only_replies: 只预测第 2、4、… 句；没有这样的句子的块不要。
             width_multiple: 批次的宽度补齐到它的倍数。
         """
         self.table = table
         self.indices = indices
-        self.max_len = max_len
         self.pad_id = pad_id
+        self.sep_id = sep_id
+        self.is_only_replies = is_only_replies
         self.width_multiple = width_multiple
-        self.lengths = np.minimum(table.lengths[indices], max_len)
+        self.pieces = cut_pieces(table, indices, max_len=max_len, sep_id=sep_id)
+        self.num_targets = self.pieces.num_targets
+        if is_only_replies:
+            counts = count_reply_tokens(table, self.pieces, sep_id)
+            dialogues, spans, *rest = self.pieces
+            self.pieces = Pieces(dialogues[counts > 0], spans[counts > 0], *rest)
+            self.num_targets = counts[counts > 0]
+        self.lengths = self.pieces.lengths
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.lengths)
 
     def __getitem__(self, window: Window) -> Batch:
-        rows = [
-            self.table[self.indices[i]][: self.max_len].astype(np.int64) for i in window.indices
-        ]
+        rows, labels = [], []
+        for i in window.indices:
+            token_ids, targets = self._read(i)
+            rows.append(token_ids)
+            labels.append(targets)
         return collate(
             rows,
             window.num_targets,
+            labels=labels,
             pad_id=self.pad_id,
             width_multiple=self.width_multiple,
         )
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """一块的 token id 和 labels，形状都是 (T,)；不预测的是 IGNORE_INDEX。"""
+        context, start, stop = self.pieces.spans[index].tolist()
+        row = self.table[self.pieces.dialogues[index]][:stop].astype(np.int64)
+        targets = row.copy()
+        if self.is_only_replies:
+            targets[~is_in_reply(row, self.sep_id)] = IGNORE_INDEX
+        targets[context:start] = IGNORE_INDEX
+        if context == 1:
+            return row, targets
+        skipped = slice(1, context)  # [CLS] 和上文之间的
+        return np.delete(row, skipped), np.delete(targets, skipped)
 
 
 def collate(
@@ -121,6 +157,7 @@ def collate(
     num_targets: int,
     *,
     pad_id: int,
+    labels: Sequence[np.ndarray] | None = None,
     width_multiple: int = 1,
 ) -> Batch:
     """右侧补齐成矩形；没有对话时给出一行全是补齐的占位，多进程的梯度同步才不会少一方。
@@ -129,17 +166,17 @@ def collate(
         rows: 每段对话的 token id，长度可不同，可为空。
         num_targets: 原样放进结果。
         pad_id: input_ids 的补齐值。
+        labels: 各段的 labels，长度与 rows 相同；None 表示就是 rows，每个 token 都预测。
         width_multiple: 宽度补齐到它的倍数。
     """
     lengths = [len(row) for row in rows] or [0]
     width = -(-max(2, *lengths) // width_multiple) * width_multiple
     input_ids = torch.full((len(lengths), width), pad_id, dtype=torch.long)
-    labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for i, row in enumerate(rows):
-        tokens = torch.from_numpy(row)
-        input_ids[i, : len(row)] = tokens
-        labels[i, : len(row)] = tokens
-    return Batch(input_ids, labels, lengths, num_targets)
+    padded_labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for i, (row, targets) in enumerate(zip(rows, labels or rows, strict=True)):
+        input_ids[i, : len(row)] = torch.from_numpy(row)
+        padded_labels[i, : len(row)] = torch.from_numpy(targets)
+    return Batch(input_ids, padded_labels, lengths, num_targets)
 
 
 def _ignore_stop_signals(worker_id: int) -> None:
@@ -148,8 +185,29 @@ def _ignore_stop_signals(worker_id: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def _report_pieces(datasets: Sequence[DialogueDataset]) -> None:
+    """有放不下的对话时，说切成了多少块，丢了多少。
+
+    Raises:
+        UserError: 训练集里没有要预测的 token。
+    """
+    if not len(datasets[0]):
+        raise UserError(
+            "语料里没有回复：每段对话都只有一句，--loss_on replies 无从学起；请改用 --loss_on all"
+        )
+    num_dialogues = sum(len(np.unique(dataset.pieces.dialogues)) for dataset in datasets)
+    num_pieces = sum(map(len, datasets))
+    if num_pieces > num_dialogues:
+        logger.info(
+            "long dialogues were cut: dialogues=%d pieces=%d utterances_cut=%d tokens_lost=%d",
+            *(num_dialogues, num_pieces),
+            sum(dataset.pieces.num_cut for dataset in datasets),
+            sum(dataset.pieces.num_lost for dataset in datasets),
+        )
+
+
 def build_loaders(
-    table: TokenTable,
+    table: TokenTable | ReversedTable,
     *,
     val_num: int,
     train_window: int,
@@ -157,7 +215,7 @@ def build_loaders(
     num_workers: int,
     seed: int,
     processes: Processes,
-    **options: int,
+    **options: object,
 ) -> tuple[DataLoader, DataLoader]:
     """划分语料，给出训练集和验证集的 DataLoader。
 
@@ -175,10 +233,13 @@ def build_loaders(
     if is_reduced:
         logger.info("corpus is small: val_num=%d instead of %d", len(val_indices), val_num)
 
-    def build(indices: np.ndarray, window_size: int, *, shuffle: bool) -> DataLoader:
-        dataset = DialogueDataset(table, indices, **options)
+    datasets = [DialogueDataset(table, i, **options) for i in (train_indices, val_indices)]
+    _report_pieces(datasets)
+
+    def build(dataset: DialogueDataset, window_size: int, *, shuffle: bool) -> DataLoader:
         sampler = LengthBucketSampler(
             dataset.lengths,
+            num_targets=dataset.num_targets,
             window_size=window_size,
             seed=seed,
             shuffle=shuffle,
@@ -196,6 +257,6 @@ def build_loaders(
         )
 
     return (
-        build(train_indices, train_window, shuffle=True),
-        build(val_indices, val_window, shuffle=False),
+        build(datasets[0], train_window, shuffle=True),
+        build(datasets[1], val_window, shuffle=False),
     )

@@ -32,7 +32,11 @@ def add_data_options(add: Callable) -> None:
     add("--vocab_path", **path, default=Path("vocab/vocab.txt"),
         help="词表，要与预处理时相同（默认 %(default)s）")
     add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
-        help="每段对话最多用多少 token，多余的截去（默认 %(default)s）")
+        help="一次最多看多少 token；更长的对话在句子之间切成几块，每块带上前一句作上文"
+        "（默认 %(default)s）")
+    add("--loss_on", choices=["all", "replies"], default="all",
+        help="预测哪些句子；replies：只有每段的第 2、4、… 句，偶数句是机器人说的语料用它"
+        "（默认 %(default)s）")
     add("--val_num", type=count, default=8000, metavar="DIALOGUES",
         help="留作验证的对话数；语料不足它的 10 倍时改留十分之一（默认 %(default)s）")
     add("--batch_size", type=count, default=4, metavar="DIALOGUES",

@@ -34,6 +34,7 @@ def load_batches(table, *, train_window, val_window, val_num):
         processes=Processes(),
         max_len=150,
         pad_id=0,
+        sep_id=102,
     )
 
 

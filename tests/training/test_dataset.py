@@ -143,7 +143,7 @@ def test_short_or_missing_rows_become_placeholders(rows, input_ids, labels):
 
 def make_dataset(max_len: int) -> DialogueDataset:
     table = TokenTable.from_dialogues([[11, 12], [21, 22, 23, 24, 25], [31], [41, 42, 43]])
-    return DialogueDataset(table, np.array([1, 3, 0]), max_len=max_len, pad_id=0)
+    return DialogueDataset(table, np.array([1, 3, 0]), max_len=max_len, pad_id=0, sep_id=0)
 
 
 def test_dataset_truncates_and_maps_its_own_indices():
@@ -173,7 +173,7 @@ def test_spawned_workers_map_the_corpus_themselves(tmp_path):
     with open_writer(tmp_path / "corpus", 300, {}) as writer:
         writer.write(EncodedBatch.from_rows([[11, 12, 13], [21, 22], [31, 32]] * 10_000))
     table = load_token_table(tmp_path / "corpus", 300)
-    dataset = DialogueDataset(table, np.arange(3), max_len=4, pad_id=0)
+    dataset = DialogueDataset(table, np.arange(3), max_len=4, pad_id=0, sep_id=0)
     assert len(pickle.dumps(dataset)) < 2000
     sampler = LengthBucketSampler(dataset.lengths, window_size=2, seed=0)
     spawned = DataLoader(

@@ -214,7 +214,11 @@ def test_evaluation_is_the_mean_over_all_tokens_without_dropout(make_model, batc
     num_tokens = sum(len(token_ids) - 1 for token_ids in dialogues)
     module = LossModule(model).train()
     dataset = DialogueDataset(
-        TokenTable.from_dialogues(dialogues), np.arange(len(dialogues)), max_len=64, pad_id=0
+        TokenTable.from_dialogues(dialogues),
+        np.arange(len(dialogues)),
+        max_len=64,
+        pad_id=0,
+        sep_id=102,
     )
     sampler = LengthBucketSampler(dataset.lengths, window_size=batch_size, seed=0, shuffle=False)
     loader = DataLoader(dataset, batch_size=None, sampler=sampler)
