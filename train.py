@@ -236,7 +236,7 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
     log = TrainingLog(log_dir, total_steps=run.plan.total_steps, first_step=progress.step)
     with stop_signals() as should_stop, contextlib.closing(log):
         while not is_finished():
-            speed = train_epoch(run, loaders[0], args, log, should_stop)
+            speed = train_epoch(run, loaders, args, log, should_stop)
             if speed is None:
                 return False
             run.save_state()  # 验证可能很久；被中断的话，续训时只从它重来
@@ -266,16 +266,26 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
 
 def train_epoch(
     run: Run,
-    loader: DataLoader,
+    loaders: tuple[DataLoader, DataLoader],
     args: argparse.Namespace,
     log: TrainingLog,
     should_stop: Callable[[], bool],
 ) -> float | None:
     """做完一轮里余下的更新，返回每秒的 token 数；被中断时存下状态，返回 None。"""
-    updater, progress = run.updater, run.progress
+    updater, progress, loader = run.updater, run.progress, loaders[0]
     loader.sampler.epoch, loader.sampler.start = progress.epoch, progress.window
     meter = Meter(updater.device, updater.processes, progress.average)
-    for batch in loader:
+
+    def is_stopped_by_validation() -> bool:
+        is_due = args.eval_steps and progress.step % args.eval_steps == 0
+        is_last = progress.window in (0, len(loader))  # 轮末总要验证
+        if not is_due or is_last or progress.validated_step == progress.step:
+            return False
+        with meter.paused():
+            return not validate_mid_epoch(run, loaders[1], log, should_stop)
+
+    is_interrupted = is_stopped_by_validation()  # 上次正是在验证时被中断的
+    for batch in () if is_interrupted else loader:
         sums, grad_norm = updater.step(batch)
         meter.add(sums)
         progress.advance()
@@ -291,14 +301,29 @@ def train_epoch(
                 speed=speed,
                 grad_norm=float(grad_norm),
             )
-        is_interrupted = updater.processes.any(should_stop())
+        is_interrupted = is_stopped_by_validation() or updater.processes.any(should_stop())
         if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
             meter.read()
             run.save_state()
         if is_interrupted:
-            return None
+            break
     updater.check_finite()
-    return meter.read_epoch_speed()
+    return None if is_interrupted else meter.read_epoch_speed()
+
+
+def validate_mid_epoch(
+    run: Run, loader: DataLoader, log: TrainingLog, should_stop: Callable[[], bool]
+) -> bool:
+    """在一轮中间验证，变好了就存下来，随时可以拿它聊天；返回是否做完了，没有被中断。"""
+    run.updater.check_finite()
+    validation = evaluate(run.updater, loader, should_stop)
+    if validation is None:
+        return False
+    progress = run.progress
+    log.write_mid_epoch(progress.step, progress.epoch + 1, validation)
+    if progress.record_validation(validation.loss):
+        run.save_checkpoint("min_ppl_model")
+    return True
 
 
 def describe(run: Run, loader: DataLoader) -> str:

@@ -381,6 +381,76 @@ def test_long_dialogues_are_used_whole_and_resume_bit_for_bit(
     assert_same_outcome(resumed, whole)
 
 
+MID_EPOCH_LINE = re.compile(r"epoch=(\d+) step=(\d+) val_loss=(\d+\.\d{4}) val_ppl=")
+
+
+def test_mid_epoch_validation_keeps_the_best_and_changes_no_weight(run, with_dropout):
+    plain = run("plain", **with_dropout)
+    folder = run("a", eval_steps=2, log_step=1, **with_dropout)
+    assert_same_outcome(folder, plain)
+    found = [match.groups()[:2] for match in MID_EPOCH_LINE.finditer(read_log(folder))]
+    assert found == [("1", "2"), ("1", "4"), ("2", "6"), ("2", "8")]  # 第 10 步是轮末，只做一次
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [2, 4, 5, 6, 8, 10]
+
+
+def test_model_of_mid_epoch_can_be_chatted_with(run, config_path, tokenizer, monkeypatch):
+    """一轮要几小时：第一次轮中验证之后就有模型；它的 loss 正是日志里那一行的。"""
+
+    def die() -> None:
+        raise Killed
+
+    happen_after(monkeypatch, 4, die)
+    with pytest.raises(Killed):
+        run(eval_steps=3, lr=0.01)
+    folder = Path("model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "min_ppl_model").eval()
+    _, validation = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    total, count = loss_sum_and_count(model, validation)
+    (row,) = MID_EPOCH_LINE.findall(read_log(folder))
+    assert row[:2] == ("1", "3")
+    assert float(row[2]) == pytest.approx(total.item() / count, abs=2e-4)
+    assert not (folder / "epoch1").exists()
+
+
+def test_best_of_mid_epoch_is_not_overwritten_by_a_worse_end(run):
+    folder = run(epochs=3, eval_steps=1, lr=0.3, lr_schedule="constant")
+    losses = [float(loss) for loss in re.findall(r" val_loss=(\d+\.\d{4})", read_log(folder))]
+    assert len(losses) == 15
+    model = AutoModelForCausalLM.from_pretrained(folder / "min_ppl_model").eval()
+    _, validation = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    total, count = loss_sum_and_count(model, validation)
+    assert total.item() / count == pytest.approx(min(losses), abs=2e-4)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_run_stopped_in_a_mid_epoch_validation_resumes_with_it(
+    is_killed, run, with_dropout, monkeypatch
+):
+    def stop() -> None:
+        if is_killed:
+            raise Killed
+        signal.raise_signal(signal.SIGINT)
+
+    options = {**with_dropout, "eval_steps": 3, "save_steps": 2, "val_num": 2, "batch_size": 1}
+    options["gradient_accumulation_steps"] = 4
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch:
+        happen_in_validation(patch, 1, stop)
+        if is_killed:
+            with pytest.raises(Killed):
+                run("resumed", **options)
+        else:
+            resumed = run("resumed", code=130, **options)
+            assert "interrupted: step=3" in read_log(resumed)
+    resumed = run("resumed", resume=True, **options)
+    assert_same_outcome(resumed, whole)
+    assert_same(load_weights(resumed, "min_ppl_model"), load_weights(whole, "min_ppl_model"))
+    lines = [MID_EPOCH_LINE.findall(read_log(folder)) for folder in (resumed, whole)]
+    assert lines[0] == lines[1]
+
+
 def load_state_of(folder: Path) -> dict:
     return torch.load(folder / STATE_NAME, weights_only=True)
 
@@ -830,6 +900,7 @@ OUT_OF_RANGE = {
     "seed": ["-1"],
     "log_step": ["0"],
     "save_steps": ["-1"],
+    "eval_steps": ["-1"],
     "save_total_limit": ["-1"],
     "optimizer": ["sgd"],
     "precision": ["int8"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,15 @@ class Meter:
         self._recent.zero_()
         self._last_read = now
         return recent, speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """其中的时间（例如轮中的验证）不算进速度。"""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._started += seconds
+        self._last_read += seconds
 
     def read_epoch_speed(self) -> float:
         """本次运行里，这一轮每秒训练的 token 数（不含补齐）；先读取。"""

@@ -111,6 +111,9 @@ def add_output_options(add: Callable) -> None:
         help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")
     add("--save_steps", type=optional_count, default=0, metavar="STEPS",
         help="每多少次参数更新存一次训练状态，0 表示只在每轮结束时存（默认 %(default)s）")
+    add("--eval_steps", type=optional_count, default=0, metavar="STEPS",
+        help="一轮中间每多少次参数更新验证一次，变好就存进 min_ppl_model，可以拿它聊天；"
+        "0 表示只在每轮结束时（默认 %(default)s）")
     add("--save_total_limit", type=optional_count, default=0, metavar="K",
         help="只保留最新的 K 个 epoch 文件夹，0 表示全部保留（默认 %(default)s）")
 # fmt: on

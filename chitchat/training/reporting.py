@@ -72,23 +72,28 @@ class TrainingLog:
         speed: float,
     ) -> None:
         """一轮的结果：一行日志和 TensorBoard 的验证指标；epoch 从 1 数。"""
+        self._write_validation(step, validation)
+        logger.info(
+            "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
+            "tokens_per_second=%.0f",
+            *(epoch, average.loss, average.accuracy, validation.loss, validation.ppl, lr, speed),
+        )
+
+    def write_mid_epoch(self, step: int, epoch: int, validation: TokenAverage) -> None:
+        """轮中一次验证的结果：一行日志和 TensorBoard 的验证指标；epoch 从 1 数。"""
+        self._write_validation(step, validation)
+        logger.info(
+            "epoch=%d step=%d val_loss=%.4f val_ppl=%.2f",
+            *(epoch, step, validation.loss, validation.ppl),
+        )
+
+    def _write_validation(self, step: int, validation: TokenAverage) -> None:
         self._lines.restart()
         self._writer.write(
             step,
             val_loss=validation.loss,
             val_ppl=validation.ppl,
             val_accuracy=validation.accuracy,
-        )
-        logger.info(
-            "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
-            "tokens_per_second=%.0f",
-            epoch,
-            average.loss,
-            average.accuracy,
-            validation.loss,
-            validation.ppl,
-            lr,
-            speed,
         )
 
     def write_samples(self, step: int, text: str) -> None:
