@@ -45,7 +45,7 @@ from chitchat.training.options import add_options
 from chitchat.training.plan import Plan, choose_precision
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
-from chitchat.training.run import Run
+from chitchat.training.run import Run, log_overview
 from chitchat.training.run_folder import occupy, remove_old_checkpoints, set_aside
 from chitchat.training.splitting import MAX_PADDING
 from chitchat.training.state import STATE_NAME, find_state, fingerprint
@@ -192,32 +192,6 @@ def make_room(args: argparse.Namespace) -> None:
         notify(f"--pretrained_model 也在其中，下次请写 --pretrained_model {old / start.name}")
 
 
-def log_overview(
-    run: Run,
-    loaders: tuple[DataLoader, DataLoader],
-    args: argparse.Namespace,
-    devices: Sequence[torch.device],
-) -> None:
-    """开始时的一张表：每行一项。"""
-    train_loader, val_loader = loaders
-    rows = {
-        "num_params": run.model.num_parameters(),
-        "train_dialogues": len(train_loader.dataset.indices),
-        "val_dialogues": len(val_loader.dataset.indices),
-        "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
-        "dialogues_per_update": args.batch_size * args.gradient_accumulation_steps,
-        "updates": run.plan.total_steps,
-        "optimizer": run.plan.optimizer,
-        "peak_learning_rate": f"{run.updater.peak_lr:g}",
-        "warmup_steps": run.plan.warmup_steps,
-        "precision": run.plan.precision,
-        "devices": ",".join(map(str, devices)),
-        "processes": run.processes.world_size,
-    }
-    for name, value in rows.items():
-        logger.info("%s=%s", name, value)
-
-
 def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Namespace) -> bool:
     """训练循环：每轮更新参数、验证、存检查点，直到轮数用完、早停或被中断。
 
@@ -277,38 +251,33 @@ def train_epoch(
     meter = Meter(updater.device, updater.processes, progress.average)
 
     def is_stopped_by_validation() -> bool:
-        is_due = args.eval_steps and progress.step % args.eval_steps == 0
         is_last = progress.window in (0, len(loader))  # 轮末总要验证
-        if not is_due or is_last or progress.validated_step == progress.step:
+        if is_last or not progress.is_validation_due(args.eval_steps):
             return False
         with meter.paused():
             return not validate_mid_epoch(run, loaders[1], log, should_stop)
 
-    is_interrupted = is_stopped_by_validation()  # 上次正是在验证时被中断的
-    for batch in () if is_interrupted else loader:
+    is_stopped = is_stopped_by_validation()  # 上次正是在验证时被中断的
+    for batch in () if is_stopped else loader:
         sums, grad_norm = updater.step(batch)
-        meter.add(sums)
+        num_cells = updater.splitter.count_cells(batch)
+        meter.add(sums, num_cells=num_cells, num_padding=num_cells - sum(batch.lengths))
         progress.advance()
         log.advance()
         should_log = progress.step % args.log_step == 0
         if should_log or updater.device.type == "cpu":
             updater.check_finite()
         if should_log:
-            recent, speed = meter.read()
-            log.write_step(
-                *(progress.step, progress.epoch + 1, recent),
-                lr=updater.lr,
-                speed=speed,
-                grad_norm=float(grad_norm),
-            )
-        is_interrupted = is_stopped_by_validation() or updater.processes.any(should_stop())
-        if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
+            position = (progress.step, progress.epoch + 1)
+            log.write_step(*position, meter.read(), lr=updater.lr, grad_norm=float(grad_norm))
+        is_stopped = is_stopped_by_validation() or updater.processes.any(should_stop())
+        if is_stopped or (args.save_steps and progress.step % args.save_steps == 0):
             meter.read()
             run.save_state()
-        if is_interrupted:
-            break
+        if is_stopped:
+            return None
     updater.check_finite()
-    return None if is_interrupted else meter.read_epoch_speed()
+    return None if is_stopped else meter.read_epoch_speed()
 
 
 def validate_mid_epoch(
@@ -319,9 +288,8 @@ def validate_mid_epoch(
     validation = evaluate(run.updater, loader, should_stop)
     if validation is None:
         return False
-    progress = run.progress
-    log.write_mid_epoch(progress.step, progress.epoch + 1, validation)
-    if progress.record_validation(validation.loss):
+    log.write_mid_epoch(run.progress.step, run.progress.epoch + 1, validation)
+    if run.progress.record_validation(validation.loss):
         run.save_checkpoint("min_ppl_model")
     return True
 
@@ -363,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack.enter_context(processes.join(devices[0]))
         processes.share(lambda: stack.enter_context(occupy(args.save_model_dir)))
         run, loaders = prepare_run(args, devices, processes)
-        log_overview(run, loaders, args, devices)
+        log_overview(run, loaders, devices)
         if not train(run, loaders, args):
             logger.warning("interrupted: step=%d, continue with --resume", run.progress.step)
             return EXIT_INTERRUPTED

@@ -182,7 +182,7 @@ def test_tensorboard_gets_the_values_of_the_epoch_line(run):
     folder = run(log_step=1)
     events = EventAccumulator(str(folder / "runs"))
     events.Reload()
-    train_tags = {"loss", "accuracy", "lr", "grad_norm", "tokens_per_second"}
+    train_tags = {"loss", "accuracy", "lr", "grad_norm", "tokens_per_second", "padding"}
     val_tags = {"loss", "ppl", "accuracy"}
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     assert set(scalars) == {f"train/{t}" for t in train_tags} | {f"val/{t}" for t in val_tags}
@@ -191,6 +191,23 @@ def test_tensorboard_gets_the_values_of_the_epoch_line(run):
     logged = [float(match[4]) for match in EPOCH_LINE.finditer(read_log(folder))]
     assert [event.value for event in scalars["val/loss"]] == pytest.approx(logged, abs=1e-4)
     assert events.Tags()["tensors"] == ["samples/text_summary"]
+
+
+def test_padding_is_the_share_of_the_forwards_of_each_step(run):
+    folder = run(epochs=1, log_step=1)
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    training, _ = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    lengths = sorted(map(len, training))
+    windows = [lengths[i : i + 4] for i in range(0, 20, 4)]
+    expected = sorted(1 - sum(window) / (4 * max(window)) for window in windows)
+    found = sorted(event.value for event in events.Scalars("train/padding"))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("log_step", [1, 3, 1000])
+def test_logging_changes_nothing_but_the_log(log_step, run, with_dropout):
+    assert_same_outcome(run("a", log_step=log_step, **with_dropout), run("b", **with_dropout))
 
 
 def test_resumed_run_keeps_the_points_of_the_last_epoch(run):

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chitchat.files import atomic_file
-from chitchat.training.meters import TokenAverage
+from chitchat.training.meters import Reading, TokenAverage
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +40,22 @@ class TrainingLog:
         self._bar.update()
 
     def write_step(
-        self,
-        step: int,
-        epoch: int,
-        recent: TokenAverage,
-        *,
-        lr: float,
-        speed: float,
-        grad_norm: float,
+        self, step: int, epoch: int, recent: Reading, *, lr: float, grad_norm: float
     ) -> None:
-        """最近几步的平均，speed 的单位是 token 每秒；epoch 从 1 数。"""
-        self._lines.report(step, epoch, recent, lr=lr)
-        self._bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
+        """最近几步的平均，grad_norm 是最后一步裁剪之前的；epoch 从 1 数。"""
+        average = recent.average
+        self._lines.report(step, epoch, average, lr=lr)
+        self._bar.set_postfix(
+            loss=f"{average.loss:.3f}", tokens_per_second=f"{recent.speed:.0f}", refresh=False
+        )
         self._writer.write(
             step,
-            train_loss=recent.loss,
-            train_accuracy=recent.accuracy,
+            train_loss=average.loss,
+            train_accuracy=average.accuracy,
             train_lr=lr,
             train_grad_norm=grad_norm,
-            train_tokens_per_second=speed,
+            train_tokens_per_second=recent.speed,
+            train_padding=recent.padding,
         )
 
     def write_epoch(

@@ -58,6 +58,11 @@ class Progress:
         self.window += 1
         self.step += 1
 
+    def is_validation_due(self, eval_steps: int) -> bool:
+        """每 eval_steps 步验证一次的话，现在是不是该验证；eval_steps 为 0 表示从不。"""
+        is_multiple = eval_steps > 0 and self.step % eval_steps == 0
+        return is_multiple and self.validated_step != self.step
+
     def record_validation(self, val_loss: float) -> bool:
         """记下一次验证的 loss，返回它是不是目前最低的。"""
         is_best = val_loss < self.best_loss
