@@ -38,8 +38,9 @@ from chitchat.devices import seed_everything
 from chitchat.errors import EXIT_INTERRUPTED, UserError
 from chitchat.tokens.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokens.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
-from chitchat.training.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
+from chitchat.training.dataset import IGNORE_INDEX, reverse_dialogues
 from chitchat.training.failures import explain_failures
+from chitchat.training.loaders import build_loaders
 from chitchat.training.meters import Meter, evaluate
 from chitchat.training.options import add_options
 from chitchat.training.plan import Plan, choose_precision
@@ -59,6 +60,7 @@ UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有
     "loss_on",
     "val_num",
     "batch_size",
+    "batch_tokens",
     "gradient_accumulation_steps",
     "seed",
 )
@@ -111,6 +113,7 @@ def prepare_data(
         val_num=args.val_num,
         train_window=args.batch_size * args.gradient_accumulation_steps,
         val_window=args.batch_size,
+        train_tokens=args.batch_tokens,
         num_workers=args.num_workers,
         seed=args.seed,
         processes=processes,

@@ -380,7 +380,9 @@ def test_interrupted_run_resumes_bit_for_bit(step, optimizer, run, with_dropout,
     assert_same_outcome(resumed, whole)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_on": "replies"}, {"train_mmi": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_on": "replies"}, {"train_mmi": True}, {"batch_tokens": 100}]
+)
 def test_long_dialogues_are_used_whole_and_resume_bit_for_bit(
     options, run, with_dropout, monkeypatch, tmp_path
 ):
@@ -792,6 +794,7 @@ CHANGES = {
     "gradient_accumulation_steps": lambda path: 2,
     "max_len": lambda path: 32,
     "loss_on": lambda path: "replies",
+    "batch_tokens": lambda path: 50,
     "val_num": lambda path: 1,
     "optimizer": lambda path: "muon",
     "train_mmi": lambda path: True,
@@ -918,6 +921,7 @@ OUT_OF_RANGE = {
     "log_step": ["0"],
     "save_steps": ["-1"],
     "eval_steps": ["-1"],
+    "batch_tokens": ["-1"],
     "save_total_limit": ["-1"],
     "optimizer": ["sgd"],
     "precision": ["int8"],

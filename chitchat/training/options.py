@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 # fmt: off
 def add_data_options(add: Callable) -> None:
     """数据从哪里来，怎样组成批次。"""
-    count = bounded(int, minimum=1)
+    count, optional_count = bounded(int, minimum=1), bounded(int, minimum=0)
     path = {"type": Path, "metavar": "FILE"}
     add("--train_path", **path, default=Path("data/train.pkl"),
         help="preprocess.py 生成的训练数据（默认 %(default)s）")
@@ -43,6 +43,9 @@ def add_data_options(add: Callable) -> None:
         help="每个批次的对话数，所有显卡和进程合计（默认 %(default)s）")
     add("--gradient_accumulation_steps", type=count, default=4, metavar="BATCHES",
         help="每多少个批次更新一次参数；放得下时合成一次前向，数值不变（默认 %(default)s）")
+    add("--batch_tokens", type=optional_count, default=0, metavar="TOKENS",
+        help="每次更新大约多少 token，代替前两项，长短对话的窗口因此一样大；0 表示不用"
+        "（默认 %(default)s）")
     add("--num_workers", type=bounded(int, minimum=0), default=0, metavar="N",
         help="读数据的子进程数，0 表示在主进程里读（默认 %(default)s）")
     add("--ignore_index", type=bounded(int, maximum=-1), default=IGNORE_INDEX, metavar="ID",

@@ -98,7 +98,7 @@ def log_overview(
         "train_dialogues": len(train_loader.dataset.indices),
         "val_dialogues": len(val_loader.dataset.indices),
         "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
-        "dialogues_per_update": f"{len(train_loader.dataset) / len(train_loader):.3g}",
+        "dialogues_per_update": round(len(train_loader.dataset) / len(train_loader)),
         "updates": run.plan.total_steps,
         "optimizer": run.plan.optimizer,
         "peak_learning_rate": f"{run.updater.peak_lr:g}",

@@ -14,7 +14,8 @@ from chitchat.tokens.batch_encoder import EncodedBatch
 from chitchat.tokens.token_table import TokenTable, load_token_table
 from chitchat.tokens.token_writer import open_writer
 from chitchat.training.batching import LengthBucketSampler, Window
-from chitchat.training.dataset import IGNORE_INDEX, DialogueDataset, collate, split_indices
+from chitchat.training.dataset import IGNORE_INDEX, DialogueDataset, collate
+from chitchat.training.loaders import split_indices
 from chitchat.training.splitting import split_rows
 
 
@@ -66,6 +67,23 @@ def test_every_dialogue_comes_exactly_once_per_epoch(window_size, shuffle):
     windows = windows_of(window_size=window_size, shuffle=shuffle)
     assert len(windows) == -(-1003 // window_size)
     assert sorted(i for window in windows for i in window.indices) == list(range(1003))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("window_tokens", [1, 500, 2000, 10**9])
+def test_windows_of_about_equal_token_counts(window_tokens, world_size):
+    ranks = [
+        windows_of(window_tokens=window_tokens, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    windows = [[i for part in parts for i in part.indices] for parts in zip(*ranks, strict=True)]
+    assert sorted(i for window in windows for i in window) == list(range(1003))
+    sizes = sorted(int(LENGTHS[window].sum()) for window in windows)
+    assert sizes[-1] < window_tokens + LENGTHS.max()
+    assert all(size > window_tokens - LENGTHS.max() for size in sizes[1:])
+    assert windows_of(epoch=3, window_tokens=window_tokens) != windows_of(
+        epoch=4, window_tokens=window_tokens
+    )
 
 
 def test_order_is_fixed_by_seed_and_epoch():

@@ -21,9 +21,9 @@ from chitchat.training.dataset import (
     IGNORE_INDEX,
     Batch,
     DialogueDataset,
-    build_loaders,
     reverse_dialogues,
 )
+from chitchat.training.loaders import build_loaders
 from chitchat.training.loss import LossModule
 from chitchat.training.pieces import count_reply_tokens, cut_dialogue, cut_pieces
 from chitchat.training.processes import Processes
@@ -121,7 +121,7 @@ def test_hundred_dialogues_of_two_thousand_tokens_are_used_whole():
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    logger = logging.getLogger("chitchat.training.dataset")
+    logger = logging.getLogger("chitchat.training.loaders")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
     monkeypatch.setattr(logger, "propagate", False)
