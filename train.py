@@ -222,11 +222,8 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
                 return False
             average = progress.average
             is_best = progress.finish_epoch(validation.loss)
-            log.write_epoch(
-                *(progress.step, progress.epoch, average, validation),
-                lr=run.updater.lr,
-                speed=speed,
-            )
+            result = (progress.step, progress.epoch, average, validation)
+            log.write_epoch(*result, lr=run.updater.lr, speed=speed)
             run.save_checkpoint(f"epoch{progress.epoch}")
             if is_best:
                 run.save_checkpoint("min_ppl_model")
