@@ -38,14 +38,15 @@ from chitchat.devices import seed_everything
 from chitchat.errors import EXIT_INTERRUPTED, UserError
 from chitchat.tokens.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokens.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
-from chitchat.training.dataset import IGNORE_INDEX, build_loaders, reverse_dialogues
+from chitchat.training.dataset import IGNORE_INDEX, reverse_dialogues
 from chitchat.training.failures import explain_failures
+from chitchat.training.loaders import build_loaders
 from chitchat.training.meters import Meter, evaluate
 from chitchat.training.options import add_options
 from chitchat.training.plan import Plan, choose_precision
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
-from chitchat.training.run import Run
+from chitchat.training.run import Run, log_overview
 from chitchat.training.run_folder import occupy, remove_old_checkpoints, set_aside
 from chitchat.training.splitting import MAX_PADDING
 from chitchat.training.state import STATE_NAME, find_state, fingerprint
@@ -56,8 +57,10 @@ NUM_SAMPLES = 3  # 每轮展示几句示例回复
 UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有指纹
     "train_mmi",
     "max_len",
+    "loss_on",
     "val_num",
     "batch_size",
+    "batch_tokens",
     "gradient_accumulation_steps",
     "seed",
 )
@@ -105,18 +108,19 @@ def prepare_data(
     """读训练数据，划分，给出整张表和训练、验证的 DataLoader。"""
     ids = special_ids(tokenizer)
     table = load_token_table(args.train_path, model.config.vocab_size, vocab_fingerprint(tokenizer))
-    if args.train_mmi:
-        table = reverse_dialogues(table, ids.sep)
     return table, build_loaders(
-        table,
+        reverse_dialogues(table, ids.sep) if args.train_mmi else table,
         val_num=args.val_num,
         train_window=args.batch_size * args.gradient_accumulation_steps,
         val_window=args.batch_size,
+        train_tokens=args.batch_tokens,
         num_workers=args.num_workers,
         seed=args.seed,
         processes=processes,
         max_len=args.max_len,
         pad_id=ids.pad,
+        sep_id=ids.sep,
+        is_only_replies=args.loss_on == "replies",
         width_multiple=COMPILED_WIDTH if args.compile else 1,
     )
 
@@ -191,32 +195,6 @@ def make_room(args: argparse.Namespace) -> None:
         notify(f"--pretrained_model 也在其中，下次请写 --pretrained_model {old / start.name}")
 
 
-def log_overview(
-    run: Run,
-    loaders: tuple[DataLoader, DataLoader],
-    args: argparse.Namespace,
-    devices: Sequence[torch.device],
-) -> None:
-    """开始时的一张表：每行一项。"""
-    train_loader, val_loader = loaders
-    rows = {
-        "num_params": run.model.num_parameters(),
-        "train_dialogues": len(train_loader.dataset),
-        "val_dialogues": len(val_loader.dataset),
-        "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
-        "dialogues_per_update": args.batch_size * args.gradient_accumulation_steps,
-        "updates": run.plan.total_steps,
-        "optimizer": run.plan.optimizer,
-        "peak_learning_rate": f"{run.updater.peak_lr:g}",
-        "warmup_steps": run.plan.warmup_steps,
-        "precision": run.plan.precision,
-        "devices": ",".join(map(str, devices)),
-        "processes": run.processes.world_size,
-    }
-    for name, value in rows.items():
-        logger.info("%s=%s", name, value)
-
-
 def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Namespace) -> bool:
     """训练循环：每轮更新参数、验证、存检查点，直到轮数用完、早停或被中断。
 
@@ -235,7 +213,7 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
     log = TrainingLog(log_dir, total_steps=run.plan.total_steps, first_step=progress.step)
     with stop_signals() as should_stop, contextlib.closing(log):
         while not is_finished():
-            speed = train_epoch(run, loaders[0], args, log, should_stop)
+            speed = train_epoch(run, loaders, args, log, should_stop)
             if speed is None:
                 return False
             run.save_state()  # 验证可能很久；被中断的话，续训时只从它重来
@@ -244,11 +222,8 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
                 return False
             average = progress.average
             is_best = progress.finish_epoch(validation.loss)
-            log.write_epoch(
-                *(progress.step, progress.epoch, average, validation),
-                lr=run.updater.lr,
-                speed=speed,
-            )
+            result = (progress.step, progress.epoch, average, validation)
+            log.write_epoch(*result, lr=run.updater.lr, speed=speed)
             run.save_checkpoint(f"epoch{progress.epoch}")
             if is_best:
                 run.save_checkpoint("min_ppl_model")
@@ -265,39 +240,58 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
 
 def train_epoch(
     run: Run,
-    loader: DataLoader,
+    loaders: tuple[DataLoader, DataLoader],
     args: argparse.Namespace,
     log: TrainingLog,
     should_stop: Callable[[], bool],
 ) -> float | None:
     """做完一轮里余下的更新，返回每秒的 token 数；被中断时存下状态，返回 None。"""
-    updater, progress = run.updater, run.progress
+    updater, progress, loader = run.updater, run.progress, loaders[0]
     loader.sampler.epoch, loader.sampler.start = progress.epoch, progress.window
     meter = Meter(updater.device, updater.processes, progress.average)
-    for batch in loader:
+
+    def is_stopped_by_validation() -> bool:
+        is_last = progress.window in (0, len(loader))  # 轮末总要验证
+        if is_last or not progress.is_validation_due(args.eval_steps):
+            return False
+        with meter.paused():
+            return not validate_mid_epoch(run, loaders[1], log, should_stop)
+
+    is_stopped = is_stopped_by_validation()  # 上次正是在验证时被中断的
+    for batch in () if is_stopped else loader:
         sums, grad_norm = updater.step(batch)
-        meter.add(sums)
+        num_cells = updater.splitter.count_cells(batch)
+        meter.add(sums, num_cells=num_cells, num_padding=num_cells - sum(batch.lengths))
         progress.advance()
         log.advance()
         should_log = progress.step % args.log_step == 0
         if should_log or updater.device.type == "cpu":
             updater.check_finite()
         if should_log:
-            recent, speed = meter.read()
-            log.write_step(
-                *(progress.step, progress.epoch + 1, recent),
-                lr=updater.lr,
-                speed=speed,
-                grad_norm=float(grad_norm),
-            )
-        is_interrupted = updater.processes.any(should_stop())
-        if is_interrupted or (args.save_steps and progress.step % args.save_steps == 0):
+            position = (progress.step, progress.epoch + 1)
+            log.write_step(*position, meter.read(), lr=updater.lr, grad_norm=float(grad_norm))
+        is_stopped = is_stopped_by_validation() or updater.processes.any(should_stop())
+        if is_stopped or (args.save_steps and progress.step % args.save_steps == 0):
             meter.read()
             run.save_state()
-        if is_interrupted:
+        if is_stopped:
             return None
     updater.check_finite()
-    return meter.read_epoch_speed()
+    return None if is_stopped else meter.read_epoch_speed()
+
+
+def validate_mid_epoch(
+    run: Run, loader: DataLoader, log: TrainingLog, should_stop: Callable[[], bool]
+) -> bool:
+    """在一轮中间验证，变好了就存下来，随时可以拿它聊天；返回是否做完了，没有被中断。"""
+    run.updater.check_finite()
+    validation = evaluate(run.updater, loader, should_stop)
+    if validation is None:
+        return False
+    log.write_mid_epoch(run.progress.step, run.progress.epoch + 1, validation)
+    if run.progress.record_validation(validation.loss):
+        run.save_checkpoint("min_ppl_model")
+    return True
 
 
 def describe(run: Run, loader: DataLoader) -> str:
@@ -330,12 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
         )
+    if args.train_mmi and args.loss_on == "replies":
+        raise UserError("--train_mmi 学的是由回复猜上文，不能与 --loss_on replies 同用：请去掉一个")
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_failures())
         stack.enter_context(processes.join(devices[0]))
         processes.share(lambda: stack.enter_context(occupy(args.save_model_dir)))
         run, loaders = prepare_run(args, devices, processes)
-        log_overview(run, loaders, args, devices)
+        log_overview(run, loaders, devices)
         if not train(run, loaders, args):
             logger.warning("interrupted: step=%d, continue with --resume", run.progress.step)
             return EXIT_INTERRUPTED

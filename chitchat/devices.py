@@ -12,6 +12,8 @@ from chitchat.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM 的
+
 
 def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
     """把 ``--device 0,1`` 变成设备列表。
@@ -56,6 +58,18 @@ def _find_mistake(device: str, numbers: list[str]) -> str:
         return "应为 GPU 的编号，例如 --device 0，两块是 --device 0,1"
     wanted = ",".join(dict.fromkeys(found))
     return f"应为 GPU 的编号，多块用英文逗号分隔，是不是想写 --device {wanted}"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """这个设备有没有 bf16 的矩阵乘法；没有的 CPU 只能模拟，要慢几十倍。"""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # 有指令还不够：只有 oneDNN（mkldnn）的矩阵乘法会用它们。
+    instructions = torch.cpu.get_capabilities()
+    has_bf16 = any(instructions.get(name) for name in BF16_INSTRUCTIONS)
+    return has_bf16 and torch.backends.mkldnn.is_available()
 
 
 def seed_everything(seed: int) -> None:

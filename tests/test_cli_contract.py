@@ -111,6 +111,9 @@ TRAIN = [
     ("--resume", "switch", False),
     ("--save_steps", "int>=0", 0),
     ("--save_total_limit", "int>=0", 0),
+    ("--loss_on", ["all", "replies"], "all"),
+    ("--batch_tokens", "int>=0", 0),
+    ("--eval_steps", "int>=0", 0),
     ("--train_mmi", "switch", False),
 ]
 

@@ -182,7 +182,7 @@ def test_tensorboard_gets_the_values_of_the_epoch_line(run):
     folder = run(log_step=1)
     events = EventAccumulator(str(folder / "runs"))
     events.Reload()
-    train_tags = {"loss", "accuracy", "lr", "grad_norm", "tokens_per_second"}
+    train_tags = {"loss", "accuracy", "lr", "grad_norm", "tokens_per_second", "padding"}
     val_tags = {"loss", "ppl", "accuracy"}
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     assert set(scalars) == {f"train/{t}" for t in train_tags} | {f"val/{t}" for t in val_tags}
@@ -191,6 +191,23 @@ def test_tensorboard_gets_the_values_of_the_epoch_line(run):
     logged = [float(match[4]) for match in EPOCH_LINE.finditer(read_log(folder))]
     assert [event.value for event in scalars["val/loss"]] == pytest.approx(logged, abs=1e-4)
     assert events.Tags()["tensors"] == ["samples/text_summary"]
+
+
+def test_padding_is_the_share_of_the_forwards_of_each_step(run):
+    folder = run(epochs=1, log_step=1)
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    training, _ = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    lengths = sorted(map(len, training))
+    windows = [lengths[i : i + 4] for i in range(0, 20, 4)]
+    expected = sorted(1 - sum(window) / (4 * max(window)) for window in windows)
+    found = sorted(event.value for event in events.Scalars("train/padding"))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("log_step", [1, 3, 1000])
+def test_logging_changes_nothing_but_the_log(log_step, run, with_dropout):
+    assert_same_outcome(run("a", log_step=log_step, **with_dropout), run("b", **with_dropout))
 
 
 def test_resumed_run_keeps_the_points_of_the_last_epoch(run):
@@ -361,6 +378,105 @@ def test_interrupted_run_resumes_bit_for_bit(step, optimizer, run, with_dropout,
     assert not (resumed / "epoch2").exists()
     run("resumed", resume=True, **options)
     assert_same_outcome(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_on": "replies"}, {"train_mmi": True}, {"batch_tokens": 100}]
+)
+def test_long_dialogues_are_used_whole_and_resume_bit_for_bit(
+    options, run, with_dropout, monkeypatch, tmp_path
+):
+    words = list(range(104, 116))
+    rows = [[101, *([*words[: 2 + i % 5], 102, *words[i % 7 :], 102] * 6)] for i in range(22)]
+    options = {**with_dropout, "max_len": 20, "log_step": 1, **options}
+    options["train_path"] = write_pickle(tmp_path / "long.pkl", rows)
+    whole = run("whole", **options)
+    step = load_state_of(whole)["progress"]["step"] // 2 - 3
+    assert step > 10  # 二十段对话，每段六块以上
+    with monkeypatch.context() as patch:
+        happen_after(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        resumed = run("resumed", code=130, **options)
+    run("resumed", resume=True, **options)
+    assert_same_outcome(resumed, whole)
+
+
+MID_EPOCH_LINE = re.compile(r"epoch=(\d+) step=(\d+) val_loss=(\d+\.\d{4}) val_ppl=")
+
+
+def test_mid_epoch_validation_keeps_the_best_and_changes_no_weight(run, with_dropout):
+    plain = run("plain", **with_dropout)
+    folder = run("a", eval_steps=2, log_step=1, **with_dropout)
+    assert_same_outcome(folder, plain)
+    found = [match.groups()[:2] for match in MID_EPOCH_LINE.finditer(read_log(folder))]
+    assert found == [("1", "2"), ("1", "4"), ("2", "6"), ("2", "8")]  # 第 10 步是轮末，只做一次
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [2, 4, 5, 6, 8, 10]
+
+
+def test_model_of_mid_epoch_can_be_chatted_with(run, config_path, tokenizer, monkeypatch):
+    """一轮要几小时：第一次轮中验证之后就有模型；它的 loss 正是日志里那一行的。"""
+
+    def die() -> None:
+        raise Killed
+
+    happen_after(monkeypatch, 4, die)
+    with pytest.raises(Killed):
+        run(eval_steps=3, lr=0.01)
+    folder = Path("model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "min_ppl_model").eval()
+    _, validation = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    total, count = loss_sum_and_count(model, validation)
+    (row,) = MID_EPOCH_LINE.findall(read_log(folder))
+    assert row[:2] == ("1", "3")
+    assert float(row[2]) == pytest.approx(total.item() / count, abs=2e-4)
+    assert not (folder / "epoch1").exists()
+
+
+def test_best_of_mid_epoch_is_not_overwritten_by_a_worse_end(run):
+    folder = run(epochs=3, eval_steps=1, lr=0.3, lr_schedule="constant")
+    losses = [float(loss) for loss in re.findall(r" val_loss=(\d+\.\d{4})", read_log(folder))]
+    assert len(losses) == 15
+    model = AutoModelForCausalLM.from_pretrained(folder / "min_ppl_model").eval()
+    _, validation = train_test_split(make_dialogues(), test_size=2, random_state=0)
+    total, count = loss_sum_and_count(model, validation)
+    assert total.item() / count == pytest.approx(min(losses), abs=2e-4)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_run_stopped_in_a_mid_epoch_validation_resumes_with_it(
+    is_killed, run, with_dropout, monkeypatch
+):
+    def stop() -> None:
+        if is_killed:
+            raise Killed
+        signal.raise_signal(signal.SIGINT)
+
+    options = {**with_dropout, "eval_steps": 3, "save_steps": 2, "val_num": 2, "batch_size": 1}
+    options["gradient_accumulation_steps"] = 4
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch:
+        happen_in_validation(patch, 1, stop)
+        if is_killed:
+            with pytest.raises(Killed):
+                run("resumed", **options)
+        else:
+            resumed = run("resumed", code=130, **options)
+            assert "interrupted: step=3" in read_log(resumed)
+    resumed = run("resumed", resume=True, **options)
+    assert_same_outcome(resumed, whole)
+    assert_same(load_weights(resumed, "min_ppl_model"), load_weights(whole, "min_ppl_model"))
+    lines = [MID_EPOCH_LINE.findall(read_log(folder)) for folder in (resumed, whole)]
+    assert lines[0] == lines[1]
+
+
+def load_state_of(folder: Path) -> dict:
+    return torch.load(folder / STATE_NAME, weights_only=True)
+
+
+def test_backward_model_cannot_learn_from_replies_alone(run):
+    with pytest.raises(UserError, match=r"--train_mmi.*--loss_on replies"):
+        run(train_mmi=True, loss_on="replies")
 
 
 @pytest.mark.parametrize(("save_steps", "step"), [(3, 4), (2, 9), (0, 6)])
@@ -677,6 +793,8 @@ CHANGES = {
     "batch_size": lambda path: 5,
     "gradient_accumulation_steps": lambda path: 2,
     "max_len": lambda path: 32,
+    "loss_on": lambda path: "replies",
+    "batch_tokens": lambda path: 50,
     "val_num": lambda path: 1,
     "optimizer": lambda path: "muon",
     "train_mmi": lambda path: True,
@@ -802,10 +920,13 @@ OUT_OF_RANGE = {
     "seed": ["-1"],
     "log_step": ["0"],
     "save_steps": ["-1"],
+    "eval_steps": ["-1"],
+    "batch_tokens": ["-1"],
     "save_total_limit": ["-1"],
     "optimizer": ["sgd"],
     "precision": ["int8"],
     "lr_schedule": ["step"],
+    "loss_on": ["none"],
 }
 # 选项、写进文件的内容（str 直接作为取值），以及一句话里要点明的
 ERRORS = {

@@ -32,6 +32,8 @@ class LengthBucketSampler(Sampler[Window]):
         *,
         window_size: int,
         seed: int,
+        num_targets: np.ndarray | None = None,
+        window_tokens: int = 0,
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -39,16 +41,26 @@ class LengthBucketSampler(Sampler[Window]):
         """建立采样器。
 
         Args:
-            lengths: 每段对话截断后的 token 数，形状 (D,)。
+            lengths: 每段对话（或切成的一块）的 token 数，形状 (D,)。
             window_size: 每个窗口的对话数，所有进程合计。
             seed: 随机种子，所有进程相同。
+            num_targets: 每段要预测的 token 数，形状 (D,)；None 表示除第一个之外的全部。
+            window_tokens: 一个窗口大约多少 token，所有进程合计；0 表示按 window_size 分。
             shuffle: False 时按长度固定排列，用于验证。
             rank: 本进程的编号。
             world_size: 进程数。
         """
         self.lengths = lengths
-        self.window_size = window_size
+        # 按长度排好之后各窗口的边界；长度总是那些，所以每轮相同。
+        if window_tokens:
+            ordered = np.sort(lengths)
+            number = (np.cumsum(ordered) - ordered) // window_tokens  # 开头落在第几个窗口
+            starts = np.flatnonzero(np.diff(number, prepend=-1))
+        else:
+            starts = np.arange(0, len(lengths), window_size)
+        self._borders = np.append(starts, len(lengths))
         self.seed = seed
+        self.num_targets = (lengths - 1).clip(min=0) if num_targets is None else num_targets
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
@@ -56,7 +68,7 @@ class LengthBucketSampler(Sampler[Window]):
         self.start = 0  # 从本轮的第几个窗口开始，断点续训用
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.window_size)
+        return len(self._borders) - 1
 
     def __iter__(self) -> Iterator[Window]:
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -64,10 +76,10 @@ class LengthBucketSampler(Sampler[Window]):
         if self.shuffle:
             generator.shuffle(order)
         order = order[np.argsort(self.lengths[order], kind="stable")]
-        starts = np.arange(len(self)) * self.window_size
+        windows = np.arange(len(self))
         if self.shuffle:
-            generator.shuffle(starts)
-        for start in starts[self.start :]:
-            window = order[start : start + self.window_size]
-            num_targets = int((self.lengths[window] - 1).clip(min=0).sum())
+            generator.shuffle(windows)
+        for i in windows[self.start :]:
+            window = order[self._borders[i] : self._borders[i + 1]]
+            num_targets = int(self.num_targets[window].sum())
             yield Window(window[self.rank :: self.world_size].tolist(), num_targets)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +54,14 @@ class TokenAverage:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+class Reading(NamedTuple):
+    """上次读取以来。"""
+
+    average: TokenAverage
+    speed: float  # 每秒训练的 token 数，不含补齐
+    padding: float  # 补齐占前向的比例，0 到 1
+
+
 class Meter:
     """把各步的和取回来，记进一轮的累计，并给出速度。
 
@@ -68,24 +78,43 @@ class Meter:
         """
         self._processes = processes
         self._recent = torch.zeros(3, dtype=torch.float64, device=device)
+        self._cells = torch.zeros(2, dtype=torch.float64)  # 前向的位置数，其中补齐的
         self._epoch = epoch
         self._num_resumed = epoch.num_tokens
         self._started = self._last_read = time.perf_counter()
 
-    def add(self, sums: Tensor) -> None:
-        """加上一步的三个和，形状 (3,)。"""
-        self._recent += sums
+    def add(self, sums: Tensor, *, num_cells: int = 0, num_padding: int = 0) -> None:
+        """加上一步。
 
-    def read(self) -> tuple[TokenAverage, float]:
-        """上次读取以来的平均，以及每秒训练的 token 数（不含补齐）；也加进本轮的累计。"""
+        Args:
+            sums: 三个和，形状 (3,)。
+            num_cells: 这一步的前向共多少个位置。
+            num_padding: 其中多少个是补齐。
+        """
+        self._recent += sums
+        self._cells += torch.tensor([num_cells, num_padding])
+
+    def read(self) -> Reading:
+        """上次读取以来的平均、速度和补齐；平均也加进本轮的累计。"""
         recent = TokenAverage()
         recent.add(self._processes.sum(self._recent))
         self._epoch.merge(recent)
+        num_cells, num_padding = self._processes.sum(self._cells).tolist()
         now = time.perf_counter()
         speed = recent.num_tokens / max(now - self._last_read, 1e-9)
         self._recent.zero_()
+        self._cells.zero_()
         self._last_read = now
-        return recent, speed
+        return Reading(recent, speed, num_padding / max(1, num_cells))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """其中的时间（例如轮中的验证）不算进速度。"""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._started += seconds
+        self._last_read += seconds
 
     def read_epoch_speed(self) -> float:
         """本次运行里，这一轮每秒训练的 token 数（不含补齐）；先读取。"""

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from chitchat.devices import has_fast_bf16
+
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+FLAT_RATIO = 1.5  # 长边至少是短边的这么多倍，在短边上迭代的运算才少：4r + 34 对 20r + 10
 DEFAULT_LR = {"adamw": 1e-3, "muon": 2e-3}  # 学习率的峰值，由 tests/benchmarks/time_to_loss.py 选定
 MAX_MUON_COST = 3  # 正交化的运算量最多是前向和反向的几倍；再多，少走的步数就抵不上了
 
@@ -22,7 +25,7 @@ class Muon(Optimizer):
 
     与 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw", nesterov=True)`` 的结果一致，
     但它的正交化固定用 bfloat16：没有 bf16 指令的 CPU 上，一个 256×1024 的权重要 700 毫秒以上，
-    用 float32 只要 10 毫秒。这里 CPU 用 float32，GPU 用 bfloat16。
+    用 float32 只要 10 毫秒。这里哪种快用哪种，见 orthogonalize。
 
     来源: Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ ；
     按 AdamW 的幅度调整学习率: arXiv:2502.16982 §2.2。
@@ -37,11 +40,17 @@ class Muon(Optimizer):
         momentum: float = 0.95,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        # 形状 → 叠在一起的动量，和它的各片；每个参数的状态就是其中一片，不必每步叠起来再拆开。
+        self._stacks: dict[torch.Size, tuple[Tensor, list[Tensor]]] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """更新一次；没有梯度的参数不动。"""
+        """更新一次；没有梯度的参数不动，found_inf 不为零时什么都不动。"""
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:
+                return
+            found_inf = None
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for param in group["params"]:
@@ -51,26 +60,42 @@ class Muon(Optimizer):
                 self._update(params, group, found_inf)
 
     def _update(self, params: list[nn.Parameter], group: dict, found_inf: Tensor | None) -> None:
-        """更新形状相同的一组参数；found_inf 不为零时在设备上原样保留，不必等待 GPU。"""
-        grads = torch.stack([param.grad for param in params])
-        momenta = [self._momentum(param) for param in params]
-        before = torch.stack(momenta)
-        after = before.lerp(grads, 1 - group["momentum"])
-        updates = orthogonalize(grads.lerp(after, group["momentum"])).to(grads.dtype)  # Nesterov
-        lr = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-        old = torch.stack(list(params))
-        new = old * (1 - group["lr"] * group["weight_decay"]) - lr * updates
+        """更新形状相同的一组参数；在 GPU 上，found_inf 不为零时各个量乘以零，不必等待。"""
+        momenta = self._stack_momenta(params)
+        grads = torch.stack([param.grad for param in params])  # 此后就地变成更新的方向
+        weight, decay = 1 - group["momentum"], group["lr"] * group["weight_decay"]
+        keep = None
         if found_inf is not None:
-            is_bad = found_inf.bool()
-            after, new = torch.where(is_bad, before, after), torch.where(is_bad, old, new)
-        torch._foreach_copy_(momenta, list(after))
-        torch._foreach_copy_(params, list(new))
+            keep = 1 - found_inf
+            grads.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            weight, decay = weight * keep, decay * keep
+        momenta.lerp_(grads, weight)
+        updates = orthogonalize(grads.lerp_(momenta, group["momentum"]))  # Nesterov
+        if keep is not None:
+            updates = updates * keep
+        torch._foreach_mul_(params, 1 - decay)
+        lr = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
+        for param, update in zip(params, updates, strict=True):
+            param.add_(update, alpha=-lr)
 
-    def _momentum(self, param: nn.Parameter) -> Tensor:
-        state = self.state[param]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        return state["momentum_buffer"]
+    def _stack_momenta(self, params: list[nn.Parameter]) -> Tensor:
+        """这些参数的动量叠在一起，形状 (K, A, B)；改它就是改各参数的状态。"""
+        stack, pieces = self._stacks.get(params[0].shape, (None, []))
+        owned = [self.state[param].get("momentum_buffer") for param in params]
+        is_same = len(pieces) == len(owned)
+        if not is_same or any(a is not b for a, b in zip(pieces, owned, strict=True)):
+            # 头一次，或者刚读回了状态
+            stack = torch.stack(
+                [
+                    torch.zeros_like(p) if o is None else o
+                    for p, o in zip(params, owned, strict=True)
+                ]
+            )
+            pieces = list(stack.unbind())
+            self._stacks[params[0].shape] = stack, pieces
+            for param, piece in zip(params, pieces, strict=True):
+                self.state[param]["momentum_buffer"] = piece
+        return stack
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -80,17 +105,43 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         matrices: 形状 (K, A, B)，浮点；不会被修改。
 
     Returns:
-        形状 (K, A, B)；CPU 上是 float32，GPU 上是 bfloat16。
+        形状 (K, A, B)；有 bf16 矩阵乘法的设备上是 bfloat16，别的 CPU 上是 float32。
     """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    dtype = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
+    is_bf16 = matrices.device.type != "cpu" or has_fast_bf16(matrices.device)
     is_tall = matrices.size(1) > matrices.size(2)
-    x = (matrices.mT if is_tall else matrices).to(dtype)
+    x = (matrices.mT if is_tall else matrices).to(torch.bfloat16 if is_bf16 else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # 在小的一边迭代要把舍入误差平方，bf16 的精度不够。
+    is_flat = x.size(2) >= FLAT_RATIO * x.size(1)
+    x = _iterate_small_side(x) if is_flat and not is_bf16 else _iterate(x)
+    return x.mT if is_tall else x
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """X ← a X + (b G + c G²) X，G = X Xᵀ；x 形状 (K, A, B)，A ≤ B。"""
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+    return x
+
+
+def _iterate_small_side(x: Tensor) -> Tensor:
+    """与 _iterate 相同，但只有头尾两次乘法涉及长边 B；x 形状 (K, A, B)。
+
+    每一步是 X ← M X，M = a I + b G + c G²。各个 M 都是最初的 G 的多项式，与 G 可交换，
+    所以 G ← M G M = M² G；把各个 M 乘在一起，最后才乘 X。
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    gram = x @ x.mT  # (K, A, A)
+    product = None
+    for i in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if i < NEWTON_SCHULZ_STEPS - 1:
+            gram = factor @ (factor @ gram)
+    return product @ x
 
 
 def choose_optimizer(name: str, model: nn.Module, tokens_per_update: float) -> str:

@@ -25,20 +25,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 # fmt: off
 def add_data_options(add: Callable) -> None:
     """数据从哪里来，怎样组成批次。"""
-    count = bounded(int, minimum=1)
+    count, optional_count = bounded(int, minimum=1), bounded(int, minimum=0)
     path = {"type": Path, "metavar": "FILE"}
     add("--train_path", **path, default=Path("data/train.pkl"),
         help="preprocess.py 生成的训练数据（默认 %(default)s）")
     add("--vocab_path", **path, default=Path("vocab/vocab.txt"),
         help="词表，要与预处理时相同（默认 %(default)s）")
     add("--max_len", type=bounded(int, minimum=2), default=150, metavar="TOKENS",
-        help="每段对话最多用多少 token，多余的截去（默认 %(default)s）")
+        help="一次最多看多少 token；更长的对话在句子之间切成几块，每块带上前一句作上文"
+        "（默认 %(default)s）")
+    add("--loss_on", choices=["all", "replies"], default="all",
+        help="预测哪些句子；replies：只有每段的第 2、4、… 句，偶数句是机器人说的语料用它"
+        "（默认 %(default)s）")
     add("--val_num", type=count, default=8000, metavar="DIALOGUES",
         help="留作验证的对话数；语料不足它的 10 倍时改留十分之一（默认 %(default)s）")
     add("--batch_size", type=count, default=4, metavar="DIALOGUES",
         help="每个批次的对话数，所有显卡和进程合计（默认 %(default)s）")
     add("--gradient_accumulation_steps", type=count, default=4, metavar="BATCHES",
         help="每多少个批次更新一次参数；放得下时合成一次前向，数值不变（默认 %(default)s）")
+    add("--batch_tokens", type=optional_count, default=0, metavar="TOKENS",
+        help="每次更新大约多少 token，代替前两项，长短对话的窗口因此一样大；0 表示不用"
+        "（默认 %(default)s）")
     add("--num_workers", type=bounded(int, minimum=0), default=0, metavar="N",
         help="读数据的子进程数，0 表示在主进程里读（默认 %(default)s）")
     add("--ignore_index", type=bounded(int, maximum=-1), default=IGNORE_INDEX, metavar="ID",
@@ -107,6 +114,9 @@ def add_output_options(add: Callable) -> None:
         help="从 --save_model_path 下的训练状态接着训练；没有就从头开始")
     add("--save_steps", type=optional_count, default=0, metavar="STEPS",
         help="每多少次参数更新存一次训练状态，0 表示只在每轮结束时存（默认 %(default)s）")
+    add("--eval_steps", type=optional_count, default=0, metavar="STEPS",
+        help="一轮中间每多少次参数更新验证一次，变好就存进 min_ppl_model，可以拿它聊天；"
+        "0 表示只在每轮结束时（默认 %(default)s）")
     add("--save_total_limit", type=optional_count, default=0, metavar="K",
         help="只保留最新的 K 个 epoch 文件夹，0 表示全部保留（默认 %(default)s）")
 # fmt: on

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from chitchat.devices import has_fast_bf16
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import (
     DEFAULT_LR,
@@ -20,7 +21,6 @@ from chitchat.training.updater import Updater
 
 MAX_WARMUP_STEPS = 4000  # 参考实现的固定值，这里作上限
 FINE_TUNING_LR = 1e-4  # 从已有的权重继续时的学习率：再大就会忘掉已经学会的
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM 的
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if has_bf16 else "fp16"
-    # 有指令还不够：只有 oneDNN（mkldnn）的矩阵乘法会用它们。
-    instructions = torch.cpu.get_capabilities()
-    has_bf16 = any(instructions.get(name) for name in BF16_INSTRUCTIONS)
-    return "bf16" if has_bf16 and torch.backends.mkldnn.is_available() else "fp32"
+    if has_fast_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chitchat.files import atomic_file
-from chitchat.training.meters import TokenAverage
+from chitchat.training.meters import Reading, TokenAverage
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +40,22 @@ class TrainingLog:
         self._bar.update()
 
     def write_step(
-        self,
-        step: int,
-        epoch: int,
-        recent: TokenAverage,
-        *,
-        lr: float,
-        speed: float,
-        grad_norm: float,
+        self, step: int, epoch: int, recent: Reading, *, lr: float, grad_norm: float
     ) -> None:
-        """最近几步的平均，speed 的单位是 token 每秒；epoch 从 1 数。"""
-        self._lines.report(step, epoch, recent, lr=lr)
-        self._bar.set_postfix(loss=f"{recent.loss:.3f}", tokens_per_second=f"{speed:.0f}")
+        """最近几步的平均，grad_norm 是最后一步裁剪之前的；epoch 从 1 数。"""
+        average = recent.average
+        self._lines.report(step, epoch, average, lr=lr)
+        self._bar.set_postfix(
+            loss=f"{average.loss:.3f}", tokens_per_second=f"{recent.speed:.0f}", refresh=False
+        )
         self._writer.write(
             step,
-            train_loss=recent.loss,
-            train_accuracy=recent.accuracy,
+            train_loss=average.loss,
+            train_accuracy=average.accuracy,
             train_lr=lr,
             train_grad_norm=grad_norm,
-            train_tokens_per_second=speed,
+            train_tokens_per_second=recent.speed,
+            train_padding=recent.padding,
         )
 
     def write_epoch(
@@ -72,23 +69,28 @@ class TrainingLog:
         speed: float,
     ) -> None:
         """一轮的结果：一行日志和 TensorBoard 的验证指标；epoch 从 1 数。"""
+        self._write_validation(step, validation)
+        logger.info(
+            "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
+            "tokens_per_second=%.0f",
+            *(epoch, average.loss, average.accuracy, validation.loss, validation.ppl, lr, speed),
+        )
+
+    def write_mid_epoch(self, step: int, epoch: int, validation: TokenAverage) -> None:
+        """轮中一次验证的结果：一行日志和 TensorBoard 的验证指标；epoch 从 1 数。"""
+        self._write_validation(step, validation)
+        logger.info(
+            "epoch=%d step=%d val_loss=%.4f val_ppl=%.2f",
+            *(epoch, step, validation.loss, validation.ppl),
+        )
+
+    def _write_validation(self, step: int, validation: TokenAverage) -> None:
         self._lines.restart()
         self._writer.write(
             step,
             val_loss=validation.loss,
             val_ppl=validation.ppl,
             val_accuracy=validation.accuracy,
-        )
-        logger.info(
-            "epoch=%d train_loss=%.4f train_acc=%.4f val_loss=%.4f val_ppl=%.2f lr=%.1e "
-            "tokens_per_second=%.0f",
-            epoch,
-            average.loss,
-            average.accuracy,
-            validation.loss,
-            validation.ppl,
-            lr,
-            speed,
         )
 
     def write_samples(self, step: int, text: str) -> None:

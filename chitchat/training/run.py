@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
 from chitchat.checkpoint import save_checkpoint
@@ -84,6 +86,29 @@ class Run:
                 torch.cuda.set_rng_state(own["cuda"], device)
         self.progress = Progress.from_dict(state["progress"])
         logger.info("resume: epoch=%d step=%d", self.progress.epoch + 1, self.progress.step)
+
+
+def log_overview(
+    run: Run, loaders: tuple[DataLoader, DataLoader], devices: Sequence[torch.device]
+) -> None:
+    """开始时的一张表：每行一项。"""
+    train_loader, val_loader = loaders
+    rows = {
+        "num_params": run.model.num_parameters(),
+        "train_dialogues": len(train_loader.dataset.indices),
+        "val_dialogues": len(val_loader.dataset.indices),
+        "train_tokens_per_epoch": int(train_loader.dataset.lengths.sum()),
+        "dialogues_per_update": round(len(train_loader.dataset) / len(train_loader)),
+        "updates": run.plan.total_steps,
+        "optimizer": run.plan.optimizer,
+        "peak_learning_rate": f"{run.updater.peak_lr:g}",
+        "warmup_steps": run.plan.warmup_steps,
+        "precision": run.plan.precision,
+        "devices": ",".join(map(str, devices)),
+        "processes": run.processes.world_size,
+    }
+    for name, value in rows.items():
+        logger.info("%s=%s", name, value)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor | None]:

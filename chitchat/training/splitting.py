@@ -77,6 +77,10 @@ class Splitter:
             )
         return parts
 
+    def count_cells(self, batch: Batch) -> int:
+        """拆开之后各次前向的位置数之和，连同补齐。"""
+        return sum(part.input_ids.numel() for part in self.split(batch))
+
     def _shrink(self, batch: Batch, reason: str) -> None:
         rows = min(len(batch.lengths), self.max_rows or len(batch.lengths))
         if rows == 1:

@@ -34,8 +34,10 @@ class Progress:
         window: 本轮已经训练的窗口数。
         step: 参数更新的总次数。
         average: 本轮到目前为止的累计。
-        best_loss: 最低的验证 loss。
+        best_loss: 最低的验证 loss，轮中的也算。
         num_bad_epochs: 验证 loss 连续没有变好的轮数。
+        is_better: 本轮里验证 loss 有没有变好过。
+        validated_step: 上一次轮中验证是在第几步之后。
         train_losses: 已完成各轮的训练 loss。
         val_losses: 已完成各轮的验证 loss。
     """
@@ -46,6 +48,8 @@ class Progress:
     average: TokenAverage = field(default_factory=TokenAverage)
     best_loss: float = math.inf
     num_bad_epochs: int = 0
+    is_better: bool = False
+    validated_step: int = 0
     train_losses: list[float] = field(default_factory=list)
     val_losses: list[float] = field(default_factory=list)
 
@@ -54,11 +58,24 @@ class Progress:
         self.window += 1
         self.step += 1
 
-    def finish_epoch(self, val_loss: float) -> bool:
-        """记下一轮的结果，转到下一轮的开头；返回验证 loss 是不是目前最低的。"""
+    def is_validation_due(self, eval_steps: int) -> bool:
+        """每 eval_steps 步验证一次的话，现在是不是该验证；eval_steps 为 0 表示从不。"""
+        is_multiple = eval_steps > 0 and self.step % eval_steps == 0
+        return is_multiple and self.validated_step != self.step
+
+    def record_validation(self, val_loss: float) -> bool:
+        """记下一次验证的 loss，返回它是不是目前最低的。"""
         is_best = val_loss < self.best_loss
         self.best_loss = min(self.best_loss, val_loss)
-        self.num_bad_epochs = 0 if is_best else self.num_bad_epochs + 1
+        self.is_better |= is_best
+        self.validated_step = self.step
+        return is_best
+
+    def finish_epoch(self, val_loss: float) -> bool:
+        """记下一轮的结果，转到下一轮的开头；返回验证 loss 是不是目前最低的。"""
+        is_best = self.record_validation(val_loss)
+        self.num_bad_epochs = 0 if self.is_better else self.num_bad_epochs + 1
+        self.is_better = False
         self.train_losses.append(self.average.loss)
         self.val_losses.append(val_loss)
         self.epoch += 1

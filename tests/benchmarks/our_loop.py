@@ -6,7 +6,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from chitchat.training.dataset import build_loaders
+from chitchat.training.loaders import build_loaders
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers
 from chitchat.training.plan import choose_precision
@@ -34,6 +34,7 @@ def load_batches(table, *, train_window, val_window, val_num):
         processes=Processes(),
         max_len=150,
         pad_id=0,
+        sep_id=102,
     )
 
 

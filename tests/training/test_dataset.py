@@ -14,7 +14,8 @@ from chitchat.tokens.batch_encoder import EncodedBatch
 from chitchat.tokens.token_table import TokenTable, load_token_table
 from chitchat.tokens.token_writer import open_writer
 from chitchat.training.batching import LengthBucketSampler, Window
-from chitchat.training.dataset import IGNORE_INDEX, DialogueDataset, collate, split_indices
+from chitchat.training.dataset import IGNORE_INDEX, DialogueDataset, collate
+from chitchat.training.loaders import split_indices
 from chitchat.training.splitting import split_rows
 
 
@@ -66,6 +67,23 @@ def test_every_dialogue_comes_exactly_once_per_epoch(window_size, shuffle):
     windows = windows_of(window_size=window_size, shuffle=shuffle)
     assert len(windows) == -(-1003 // window_size)
     assert sorted(i for window in windows for i in window.indices) == list(range(1003))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("window_tokens", [1, 500, 2000, 10**9])
+def test_windows_of_about_equal_token_counts(window_tokens, world_size):
+    ranks = [
+        windows_of(window_tokens=window_tokens, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    windows = [[i for part in parts for i in part.indices] for parts in zip(*ranks, strict=True)]
+    assert sorted(i for window in windows for i in window) == list(range(1003))
+    sizes = sorted(int(LENGTHS[window].sum()) for window in windows)
+    assert sizes[-1] < window_tokens + LENGTHS.max()
+    assert all(size > window_tokens - LENGTHS.max() for size in sizes[1:])
+    assert windows_of(epoch=3, window_tokens=window_tokens) != windows_of(
+        epoch=4, window_tokens=window_tokens
+    )
 
 
 def test_order_is_fixed_by_seed_and_epoch():
@@ -143,7 +161,7 @@ def test_short_or_missing_rows_become_placeholders(rows, input_ids, labels):
 
 def make_dataset(max_len: int) -> DialogueDataset:
     table = TokenTable.from_dialogues([[11, 12], [21, 22, 23, 24, 25], [31], [41, 42, 43]])
-    return DialogueDataset(table, np.array([1, 3, 0]), max_len=max_len, pad_id=0)
+    return DialogueDataset(table, np.array([1, 3, 0]), max_len=max_len, pad_id=0, sep_id=0)
 
 
 def test_dataset_truncates_and_maps_its_own_indices():
@@ -173,7 +191,7 @@ def test_spawned_workers_map_the_corpus_themselves(tmp_path):
     with open_writer(tmp_path / "corpus", 300, {}) as writer:
         writer.write(EncodedBatch.from_rows([[11, 12, 13], [21, 22], [31, 32]] * 10_000))
     table = load_token_table(tmp_path / "corpus", 300)
-    dataset = DialogueDataset(table, np.arange(3), max_len=4, pad_id=0)
+    dataset = DialogueDataset(table, np.arange(3), max_len=4, pad_id=0, sep_id=0)
     assert len(pickle.dumps(dataset)) < 2000
     sampler = LengthBucketSampler(dataset.lengths, window_size=2, seed=0)
     spawned = DataLoader(

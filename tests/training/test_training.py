@@ -214,7 +214,11 @@ def test_evaluation_is_the_mean_over_all_tokens_without_dropout(make_model, batc
     num_tokens = sum(len(token_ids) - 1 for token_ids in dialogues)
     module = LossModule(model).train()
     dataset = DialogueDataset(
-        TokenTable.from_dialogues(dialogues), np.arange(len(dialogues)), max_len=64, pad_id=0
+        TokenTable.from_dialogues(dialogues),
+        np.arange(len(dialogues)),
+        max_len=64,
+        pad_id=0,
+        sep_id=102,
     )
     sampler = LengthBucketSampler(dataset.lengths, window_size=batch_size, seed=0, shuffle=False)
     loader = DataLoader(dataset, batch_size=None, sampler=sampler)
@@ -323,13 +327,13 @@ def test_meter_reads_recent_and_whole_epoch_with_speed(monkeypatch):
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     average = TokenAverage()
     meter = Meter(CPU, Processes(), average)
-    meter.add(torch.tensor([8.0, 4, 1]))
-    meter.add(torch.tensor([4.0, 2, 1]))
-    recent, speed = meter.read()
-    assert (recent.loss, recent.accuracy, speed) == (2.0, 2 / 6, 6 / 2)
-    meter.add(torch.tensor([1.0, 10, 5]))
-    recent, speed = meter.read()
-    assert (recent.loss, recent.accuracy, speed) == (0.1, 0.5, 10 / 5)
+    meter.add(torch.tensor([8.0, 4, 1]), num_cells=10, num_padding=2)
+    meter.add(torch.tensor([4.0, 2, 1]), num_cells=30, num_padding=3)
+    recent, speed, padding = meter.read()
+    assert (recent.loss, recent.accuracy, speed, padding) == (2.0, 2 / 6, 6 / 2, 5 / 40)
+    meter.add(torch.tensor([1.0, 10, 5]), num_cells=8, num_padding=0)
+    recent, speed, padding = meter.read()
+    assert (recent.loss, recent.accuracy, speed, padding) == (0.1, 0.5, 10 / 5, 0)
     meter.add(torch.tensor([7.0, 4, 0]))
     speed = meter.read_epoch_speed()
     assert (average.loss, average.accuracy, speed) == (20.0 / 20, 7 / 20, 20 / 10)
