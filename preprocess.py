@@ -260,7 +260,7 @@ def list_speakers(corpus: Corpus) -> None:
     """把各个来源里谁说了多少打印到标准输出。"""
     for _ in corpus:
         pass
-    for source, tally in zip(corpus.sources, corpus.tallies, strict=True):
+    for source, tally in zip(corpus.sources, corpus.tallies, strict=False):
         print("\n".join([*describe_source(source, tally), *speaker_lines(tally)]))
 
 
@@ -275,9 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     is_default_log = args.log_path is parser.get_default("log_path")
-    configure_logging(None if args.check else args.log_path, is_default=is_default_log)
+    is_read_only = args.check or args.list_speakers
+    configure_logging(None if is_read_only else args.log_path, is_default=is_default_log)
     corpus = Corpus(args)
-    if args.save_path.suffix != ".pkl" and not args.check:
+    if args.save_path.suffix != ".pkl" and not is_read_only:
         check_folder(args.save_path)
     if args.list_speakers:
         list_speakers(corpus)

@@ -49,7 +49,7 @@ from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.run import Run, log_overview
 from chitchat.training.run_folder import occupy, remove_old_checkpoints, set_aside
 from chitchat.training.splitting import MAX_PADDING
-from chitchat.training.state import STATE_NAME, find_state, fingerprint
+from chitchat.training.state import STATE_NAME, Progress, find_state, fingerprint
 
 logger = logging.getLogger("chitchat.train")
 
@@ -305,6 +305,21 @@ def describe(run: Run, loader: DataLoader) -> str:
         return ""
 
 
+def run_training(
+    args: argparse.Namespace, devices: list[torch.device], processes: Processes
+) -> tuple[Path, Progress | None]:
+    """准备、训练，返回文件夹和进度；被中断时进度是 None。
+
+    返回时模型和 DDP 都已释放：进程组要在它们之后才能拆掉。
+    """
+    run, loaders = prepare_run(args, devices, processes)
+    log_overview(run, loaders, devices)
+    if train(run, loaders, args):
+        return run.folder, run.progress
+    logger.warning("interrupted: step=%d, continue with --resume", run.progress.step)
+    return run.folder, None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     parser = build_parser()
@@ -330,15 +345,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack.enter_context(explain_failures())
         stack.enter_context(processes.join(devices[0]))
         processes.share(lambda: stack.enter_context(occupy(args.save_model_dir)))
-        run, loaders = prepare_run(args, devices, processes)
-        log_overview(run, loaders, devices)
-        if not train(run, loaders, args):
-            logger.warning("interrupted: step=%d, continue with --resume", run.progress.step)
-            return EXIT_INTERRUPTED
-    curve_path, losses = (
-        run.folder / "loss.png",
-        (run.progress.train_losses, run.progress.val_losses),
-    )
+        run_folder, progress = run_training(args, devices, processes)
+    if progress is None:
+        return EXIT_INTERRUPTED
+    curve_path = run_folder / "loss.png"
+    losses = progress.train_losses, progress.val_losses
     if processes.is_main and save_loss_curve(curve_path, *losses):
         logger.info("curve=%s", curve_path)
     return 0

@@ -211,3 +211,14 @@ def test_default_vocabulary_is_found_from_any_folder(train_path, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert main(["--train_path", str(train_path), "--save_path", "t.pkl"]) == 0
     assert len(load_plainly(tmp_path / "t.pkl")) == len(DIALOGUES)
+
+
+def test_list_speakers_writes_nothing_and_survives_a_limit(train_path, tmp_path, capsys):
+    train_path.write_text(LF, encoding="utf-8")
+    other = tmp_path / "b.txt"
+    other.write_text(LF, encoding="utf-8")
+    before = set(tmp_path.rglob("*"))
+    options = ["--train_path", str(train_path), str(other), "--log_path", str(tmp_path / "log")]
+    assert main([*options, "--list_speakers", "--max_dialogues", "1"]) == 0
+    assert set(tmp_path.rglob("*")) == before
+    assert "LF 换行" in capsys.readouterr().out

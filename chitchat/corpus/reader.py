@@ -65,9 +65,11 @@ def read_source(
             tally.is_log = found.is_log or isinstance(first, Message)
             if first is not None:
                 items = itertools.chain([first], items)
-            yield from _dialogues(items, options, tally)
-            ends = file.newlines or ()
-            tally.newlines = (ends,) if isinstance(ends, str) else ends
+            try:
+                yield from _dialogues(items, options, tally)
+            finally:  # --max_dialogues 够了就不再读，那时也要记下
+                ends = file.newlines or ()
+                tally.newlines = (ends,) if isinstance(ends, str) else ends
     except csv.Error as error:
         raise UserError(f"{source.name} 不是完整的 CSV（{error}）：请重新导出") from error
     except UserError as error:

@@ -30,9 +30,9 @@ def explain_failures() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise UserError(
-                f"放不下模型和优化器（{reason}）：请换小一些的模型，或关掉占用显存的别的程序"
+                f"放不下模型和优化器（{reason}）：请换小一些的模型，或关掉占用内存、显存的别的程序"
             ) from error
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import socket
@@ -99,6 +100,7 @@ class Processes:
         try:
             yield
         finally:
+            gc.collect()  # DDP 要先于进程组释放，否则退出时偶尔两边都卡住
             dist.destroy_process_group()
 
     def _meet(self) -> dist.Store:

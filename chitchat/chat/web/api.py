@@ -146,7 +146,7 @@ async def _on_api_error(request: Request, error: ApiError) -> Response:
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
     """没有这个地址，或方法不对。"""
-    path = request.url.path[:200]
+    path = request.scope["path"][:200]
     told = {404: f"没有 {path} 这个地址", 405: f"{path} 不能用 {request.method}"}
     message = told.get(error.status_code, error.detail)
     return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))

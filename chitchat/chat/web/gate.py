@@ -99,7 +99,9 @@ class Gate:
             message = f"Host 是 {host or '空的'!r}：这里只接受 {'、'.join(sorted(self._hosts))}"
             raise ApiError(421, message, code="wrong_host")
         self._check_origin(headers)
-        if self._api_key is not None and request.url.path.startswith("/v1/"):
+        # 不用 request.url：旧的 starlette 由 Host 拼出它，写坏的 Host 会让路径变空。
+        path = request.scope["path"]
+        if self._api_key is not None and path.startswith("/v1/"):
             given = headers.get("authorization", "")
             wanted = f"Bearer {self._api_key}"
             if not secrets.compare_digest(given.encode("latin-1", "replace"), wanted.encode()):
@@ -113,10 +115,18 @@ class Gate:
         origin = headers.get("origin")
         if origin is None or self._cors in ("*", origin):
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        if _netloc_of(origin) != headers.get("host"):
             shown = origin[:200]
             message = f"别处的网页 {shown} 不能用这个服务器：要让它用，启动时加 --cors {shown}"
             raise ApiError(403, message, code="wrong_origin")
+
+
+def _netloc_of(origin: str) -> str:
+    """Origin 里的主机和端口；写坏了是空串。"""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _host_of(header: str) -> str:

@@ -312,6 +312,17 @@ def test_key_is_asked_for(header, start_server):
     assert server.ask("GET", "/health").status == server.ask("GET", "/").status == 200
 
 
+@pytest.mark.parametrize("host", ["x?", "x#", "x/?"])
+def test_broken_host_is_no_way_around_the_key(host, start_server):
+    """路径要取自请求行，不能取自由 Host 拼出的网址；只在本机时 Host 本身就不对。"""
+    server = start_server(api_key="secret")
+    assert server.post({"messages": []}, Host=host).status in (400, 401, 421)
+
+
+def test_broken_origin_is_refused_like_any_other(server):
+    assert server.ask("GET", "/health", Origin="http://[").status == 403
+
+
 def test_cors_is_for_the_named_site_only(start_server):
     server = start_server(cors="http://localhost:3000", api_key="secret")
     asked = {"Access_Control_Request_Method": "POST"}
