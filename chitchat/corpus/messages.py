@@ -115,6 +115,12 @@ _GUESSED_NOTICES = re.compile(
     r"|☎.{0,60}|(?:未接來電|不在着信|未接来电)"
     r")[。.]?\]?",
 )
+# 多数消息里这些一个也没有，不必逐条规则去试。
+_MAYBE = re.compile(
+    r'[\[<>"“「【☎{]|拍了拍|https?:|www\.|[撤收]回|红包|群|聊|窗口抖动|通话时长|对方|朋友|招呼|请使用|引用'
+    r"|recalled|unsent|Type: |未接|不在着信",
+    re.IGNORECASE,
+)
 _QUOTES = (
     re.compile(r"\A「[^」]{1,40}[：:].*?」\s*\n\s*(?:- ?){3,}-*\s*\n", re.DOTALL),
     re.compile(r"\A(?:>[^\n]*\n)+"),
@@ -151,6 +157,8 @@ def clean_message(text: str, *, has_type: bool = False) -> tuple[str, str]:
     text = text.translate(_INVISIBLE).strip()
     if not text:
         return "", "空"
+    if not _MAYBE.search(text):
+        return " ".join(text.split()), ""
     if _XML.match(text) or text.startswith('{"app":'):
         return "", "链接卡片"
     if _NOTICES.fullmatch(text) or (not has_type and _GUESSED_NOTICES.fullmatch(text)):

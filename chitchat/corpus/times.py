@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from datetime import datetime, timedelta, timezone
@@ -52,6 +53,9 @@ def parse_times(text: str) -> Times:
     秒、毫秒、微秒。带时区的按时区，不带的当作本机的时区；没有时间的当作零点。
     """
     text = text.translate(_INVISIBLE).strip()
+    if text[4:5] == "-" and len(text) > 15:  # 最常见的写法，标准库读得最快
+        with contextlib.suppress(ValueError, OverflowError):
+            return (datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp(),)
     if number := _NUMBER.fullmatch(text):
         digits = len(number[1])
         scale = 1 if digits < 12 else 1e3 if digits < 15 else 1e6 if digits < 18 else 1e9
