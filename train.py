@@ -38,11 +38,11 @@ from chitchat.devices import seed_everything
 from chitchat.errors import EXIT_INTERRUPTED, UserError
 from chitchat.tokens.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokens.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
-from chitchat.training.dataset import IGNORE_INDEX, reverse_dialogues
+from chitchat.training.dataset import reverse_dialogues
 from chitchat.training.failures import explain_failures
 from chitchat.training.loaders import build_loaders
 from chitchat.training.meters import Meter, evaluate
-from chitchat.training.options import add_options
+from chitchat.training.options import add_options, check_options
 from chitchat.training.plan import Plan, choose_precision
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
@@ -331,16 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_default=args.log_path is parser.get_default("log_path"),
     )
     quiet_transformers()
-    for name, silent in (("log", None), ("gpu0_bsz", None), ("ignore_index", IGNORE_INDEX)):
-        if getattr(args, name) != silent:
-            logger.warning("--%s has no effect any more", name)
     devices = choose_devices(args.device, processes, no_cuda=args.no_cuda)
-    if args.compile and len(devices) > 1:
-        raise UserError(
-            "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
-        )
-    if args.train_mmi and args.loss_on == "replies":
-        raise UserError("--train_mmi 学的是由回复猜上文，不能与 --loss_on replies 同用：请去掉一个")
+    check_options(args, len(devices))
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_failures())
         stack.enter_context(processes.join(devices[0]))

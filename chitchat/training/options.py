@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from chitchat.cli import bounded
+from chitchat.errors import UserError
 from chitchat.training.dataset import IGNORE_INDEX
 from chitchat.training.loss import PRECISIONS
 from chitchat.training.optimizers import DEFAULT_LR
 from chitchat.training.plan import FINE_TUNING_LR, MAX_WARMUP_STEPS
 from chitchat.training.processes import DEFAULT_DEVICE
+
+logger = logging.getLogger("chitchat.training.options")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +24,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser.add_argument_group("模型与设备").add_argument)
     add_optimization_options(parser.add_argument_group("优化").add_argument)
     add_output_options(parser.add_argument_group("记录与续训").add_argument)
+
+
+def check_options(args: argparse.Namespace, num_devices: int) -> None:
+    """不能同用的选项报错，不再起作用的提醒一声。
+
+    Raises:
+        UserError: 选项互相矛盾。
+    """
+    for name, silent in (("log", None), ("gpu0_bsz", None), ("ignore_index", IGNORE_INDEX)):
+        if getattr(args, name) != silent:
+            logger.warning("--%s has no effect any more", name)
+    if args.compile and num_devices > 1:
+        raise UserError(
+            "--compile 不能与 --device 的多块卡同用：请改用 torchrun 启动，每块卡一个进程"
+        )
+    if args.train_mmi and args.loss_on == "replies":
+        raise UserError("--train_mmi 学的是由回复猜上文，不能与 --loss_on replies 同用：请去掉一个")
 
 
 # fmt: off

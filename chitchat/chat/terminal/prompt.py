@@ -113,4 +113,6 @@ def prompt_lines(history_path: Path | None) -> Iterator[str]:
             session.history.append_string(line)
             yield line
         rest, paste.rest = paste.rest, ""
-        yield session.prompt(default=rest)
+        line = session.prompt(default=rest)
+        # 终端送来不合编码的字节（如 GBK），到这里是单独的代理码，写不进聊天记录。
+        yield line.encode("utf-8", "replace").decode("utf-8")
