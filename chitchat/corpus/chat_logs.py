@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from chitchat.corpus.date_order import DateOrder
 from chitchat.corpus.messages import Message, clean_message, join_messages
 from chitchat.corpus.privacy import mask_private
 from chitchat.corpus.sorting import temporary_database
@@ -105,11 +106,12 @@ class _Store:
         self.database = database
         self.chats: dict[str, int] = {}
         self.speakers: dict[tuple[str, bool], int] = {}
+        self.people: dict[tuple[str, bool, str], int] = {}
         self.names: dict[str, set[int]] = {}
 
     def fill(self, messages: Iterable[Message], options: LogOptions, tally: Tally) -> None:
         """存进全部消息，去掉不是话的；认定日期的次序，记下每个聊天是不是倒着排的。"""
-        order = _Order()
+        order = DateOrder()
         self.database.executemany(
             "INSERT INTO messages (chat, speaker, month_first, day_first, text, line)"
             " VALUES (?, ?, ?, ?, ?, ?)",
@@ -130,7 +132,7 @@ class _Store:
         )
 
     def _rows(
-        self, messages: Iterable[Message], options: LogOptions, tally: Tally, order: _Order
+        self, messages: Iterable[Message], options: LogOptions, tally: Tally, order: DateOrder
     ) -> Iterator[tuple]:
         for message in messages:
             tally.num_messages += 1
@@ -144,17 +146,24 @@ class _Store:
                 tally.left_out[reason or "链接卡片"] += 1
                 continue
             chat = self.chats.setdefault(message.chat, len(self.chats))
-            # 自己总是同一个人：有的导出里，自己的那些行写的是对方的账号。
-            key = (ME if message.is_me else message.speaker, message.is_me)
-            speaker = self.speakers.setdefault(key, len(self.speakers))
-            for name in (message.speaker, message.name, ME if message.is_me else ""):
-                if name:
-                    self.names.setdefault(name, set()).add(speaker)
             key = (message.speaker, message.is_me)
+            speaker = self._find_speaker(*key, message.name)
             tally.speakers[key] += 1
             tally.names[key] = message.name or tally.names.get(key) or message.speaker
             tally.num_untimed += not any(time is not None for time in message.times)
             yield (chat, speaker, *order.add(chat, message.times), text, message.line)
+
+    def _find_speaker(self, account: str, is_me: bool, name: str) -> int:
+        """说话人的编号，没见过的给一个新的；记下他的各个名字。"""
+        number = self.people.get((account, is_me, name))
+        if number is None:
+            # 自己总是同一个人：有的导出里，自己的那些行写的是对方的账号。
+            own = (ME if is_me else account, is_me)
+            number = self.speakers.setdefault(own, len(self.speakers))
+            self.people[account, is_me, name] = number
+            for called in {account, name, ME if is_me else ""} - {""}:
+                self.names.setdefault(called, set()).add(number)
+        return number
 
     def speakers_called(self, name: str) -> set[int]:
         """叫这个名字的人：昵称或账号相同，或 ``me``。"""
@@ -183,57 +192,3 @@ class _Store:
             last_chat, last_time = chat, time
         if turns:
             yield turns
-
-
-class _Reading:
-    """日期的一种读法：每个聊天里时刻向前、向后走了几步。"""
-
-    def __init__(self) -> None:
-        self.latest: dict[int, float] = {}
-        self.steps: dict[int, int] = {}
-        self.num_forward = self.num_back = 0
-        self.num_impossible = 0
-        self.first: float | None = None
-        self.last: float | None = None
-
-    def add(self, chat: int, time: float | None) -> float | None:
-        """记下一个时刻；不知道时算在前一条的时刻。"""
-        before = self.latest.get(chat)
-        if time is None:
-            return before
-        if before is not None and time != before:
-            self.steps[chat] = self.steps.get(chat, 0) + (1 if time > before else -1)
-            self.num_forward += time > before
-            self.num_back += time < before
-        self.latest[chat] = time
-        self.first = time if self.first is None else min(self.first, time)
-        self.last = time if self.last is None else max(self.last, time)
-        return time
-
-
-class _Order:
-    """日期有歧义时，由全部消息认定是月在前还是日在前。"""
-
-    def __init__(self) -> None:
-        self.readings = {"month_first": _Reading(), "day_first": _Reading()}
-
-    def add(self, chat: int, times: tuple) -> tuple[float | None, float | None]:
-        """记下一个时刻的各种读法，返回两种读法下的秒数。"""
-        month_first = times[0] if times else None
-        day_first = times[-1] if times else None
-        for reading, time in zip(self.readings.values(), (month_first, day_first), strict=True):
-            reading.num_impossible += bool(times) and time is None
-        return (
-            self.readings["month_first"].add(chat, month_first),
-            self.readings["day_first"].add(chat, day_first),
-        )
-
-    def is_day_first(self) -> bool:
-        """不可能的日期少的那种对；一样多时，看哪种更像一路向前或一路向后；再看哪种前后相隔更短。"""
-        month_first, day_first = self.readings.values()
-
-        def badness(reading: _Reading) -> tuple[int, int, float]:
-            turns = min(reading.num_back, reading.num_forward)
-            return reading.num_impossible, turns, (reading.last or 0) - (reading.first or 0)
-
-        return badness(day_first) <= badness(month_first)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from typing import NamedTuple
@@ -133,6 +134,7 @@ _INVISIBLE = dict.fromkeys(
 )
 
 
+@functools.lru_cache(maxsize=256)
 def kind_of_type(text: str) -> str:
     """导出工具写的消息类型 → 不是话的缘由；文字消息是空串。"""
     name = text.strip().lower()
@@ -154,7 +156,9 @@ def clean_message(text: str, *, has_type: bool = False) -> tuple[str, str]:
     Returns:
         剩下的话，换行变成空格；以及一点也不剩时的缘由（有剩下的话时是空串）。
     """
-    text = text.translate(_INVISIBLE).strip()
+    text = text.strip()
+    if not text.isprintable():  # 多数消息里没有看不见的字符，不必逐字去换
+        text = text.translate(_INVISIBLE).strip()
     if not text:
         return "", "空"
     if not _MAYBE.search(text):

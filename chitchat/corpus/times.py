@@ -52,7 +52,7 @@ def parse_times(text: str) -> Times:
     年月日的次序、分隔符、12 小时制的标记（上午、PM……在前或在后）不限，也可以是自 1970 年起的
     秒、毫秒、微秒。带时区的按时区，不带的当作本机的时区；没有时间的当作零点。
     """
-    text = text.translate(_INVISIBLE).strip()
+    text = text.strip() if text.isascii() else text.translate(_INVISIBLE).strip()
     if text[4:5] == "-" and len(text) > 15:  # 最常见的写法，标准库读得最快
         with contextlib.suppress(ValueError, OverflowError):
             return (datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp(),)

@@ -104,11 +104,8 @@ def read_wechat_table(file: TextIO, head: Head) -> Iterator[Message]:
         chat_column = _chat_column(layout, open_rows(again, head), columns)
     for row in rows:
         if len(row) > last_column:
-            cells = dict(zip(columns, row, strict=False))
-            message = _message(layout, cells, rows.line_num)
-            chat = cells.get(chat_column, "").strip()
-            speaker = "" if message.is_me and chat_column == layout.account else message.speaker
-            yield message._replace(chat=chat, speaker=speaker)
+            cells = dict(zip(columns, map(str.strip, row), strict=False))
+            yield _message(layout, cells, rows.line_num, chat_column)
 
 
 def _chat_column(layout: _Layout, rows: Rows, columns: dict[str, int]) -> str:
@@ -117,6 +114,8 @@ def _chat_column(layout: _Layout, rows: Rows, columns: dict[str, int]) -> str:
     留痕的 TalkerId 不可靠：除了自己只有一个人时，就是一个聊天。PyWxDump 旧版没有 room_name，
     自己的那些行若也写着对方的账号，talker 就是聊天。
     """
+    if layout.chat != "TalkerId" and (layout.chat in columns or not layout.me):
+        return layout.chat
     others: set[str] = set()
     mine: set[str] = set()
     me, account = columns.get(layout.me, -1), columns.get(layout.account, -1)
@@ -126,32 +125,31 @@ def _chat_column(layout: _Layout, rows: Rows, columns: dict[str, int]) -> str:
             (mine if is_me else others).add(row[account].strip())
     if layout.chat == "TalkerId":
         return "" if len(others) == 1 else layout.chat
-    if layout.chat in columns or not layout.me:
-        return layout.chat
     return layout.account if mine and mine <= others else ""
 
 
-def _message(layout: _Layout, row: Mapping[str, str], line: int) -> Message:
+def _message(layout: _Layout, row: Mapping[str, str], line: int, chat_column: str) -> Message:
     """表里的一行。"""
-
-    def cell(name: str) -> str:
-        return (row.get(name) or "").strip()
-
-    is_me = cell(layout.me).lower() in ("1", "true")
-    account, name, chat = cell(layout.account), cell(layout.name), cell(layout.chat)
+    cell = row.get
+    is_me = cell(layout.me, "").lower() in ("1", "true")
+    account, name = cell(layout.account, ""), cell(layout.name, "")
     if layout.label.startswith("chatlog"):
+        chat = cell(layout.chat, "")
         is_me = bool(chat) and not chat.endswith("@chatroom") and account != chat
         account = account or name
-    text, prefix = strip_sender(row.get(layout.text) or "")
-    kind = kind_of_type(cell(layout.type)) if layout.type else kind_of_code(
-        cell(layout.code) or "1", cell(layout.subtype))  # fmt: skip
-    if not kind and text.lstrip().startswith("<") and cell(layout.subtype) == str(_QUOTE):
+    text, prefix = strip_sender(cell(layout.text, ""))
+    kind = kind_of_type(cell(layout.type, "")) if layout.type else kind_of_code(
+        cell(layout.code) or "1", cell(layout.subtype, ""))  # fmt: skip
+    if not kind and text.startswith("<") and cell(layout.subtype) == str(_QUOTE):
         _, _, rest = text.partition("<title>")
         text = html.unescape(rest.partition("</title>")[0])
+    # 聊天由账号一列说明时，自己的那些行写的是对方的账号。
+    is_others = is_me and chat_column == layout.account
     return Message(
-        speaker=account or prefix or name,
-        times=next((t for field in layout.time if (t := parse_times(cell(field)))), ()),
+        speaker="" if is_others else account or prefix or name,
+        times=next((t for field in layout.time if (t := parse_times(cell(field, "")))), ()),
         text=text,
+        chat=cell(chat_column, ""),
         name=name,
         is_me=is_me,
         left_out=kind,
