@@ -75,9 +75,7 @@ def write_csv(messages: list[Sent], path: Path) -> None:
     """PyWxDump 一类的 CSV。"""
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            "id,MsgSvrID,type_name,is_sender,talker,room_name,msg,CreateTime".split(",")
-        )
+        writer.writerow(COLUMNS)
         for sent in messages:
             kind, text = ("图片", "") if sent.is_picture else ("文本", sent.text)
             talker = "wxid_me" if sent.is_me else "wxid_a"
