@@ -128,8 +128,10 @@ def model_paths(args: argparse.Namespace) -> list[str]:
     return [args.model_path, *([] if args.mmi_model_path is None else [args.mmi_model_path])]
 
 
-def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chatbot]:
-    """在后台读模型；读的时候用户已经可以打字。"""
+def start_loading(
+    args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions
+) -> Future[Chatbot]:
+    """在后台读模型，确认旋钮与它相配；读的时候用户已经可以打字。"""
 
     def load() -> Chatbot:
         import torch
@@ -147,12 +149,14 @@ def start_loading(args: argparse.Namespace, tokenizer: Tokenizer) -> Future[Chat
             engines.append(load_engine(path, precision=precision, device=device))
             check_vocab_size(engines[-1].vocab_size, tokenizer, path)
         logger.info("model=%s device=%s precision=%s", args.model_path, device, precision)
-        return Chatbot(
+        bot = Chatbot(
             engines[0],
             tokenizer,
             backward_engine=engines[1] if args.mmi_model_path is not None else None,
             num_candidates=args.num_candidates,
         )
+        bot.check_options(options)
+        return bot
 
     executor = ThreadPoolExecutor(max_workers=1)
     loading = executor.submit(load)
@@ -245,8 +249,7 @@ def serve(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptio
     access.check(args.host)
     chat_log = None if args.no_chat_log else ChatLog(args.save_samples_dir / "web")
     listener = open_socket(args.host, args.port)  # 占住端口，再花时间读模型
-    bot = start_loading(args, tokenizer).result()
-    bot.check_options(options)
+    bot = start_loading(args, tokenizer, options).result()
     service = Service(
         bot,
         Scheduler(bot),
@@ -265,7 +268,7 @@ def answer_whole_file(
     args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions
 ) -> None:
     """给 --input_path 里的每段对话接上一句回复。"""
-    loading = start_loading(args, tokenizer)
+    loading = start_loading(args, tokenizer, options)
     from chitchat.chat.whole_files.answers import answer_file  # 会导入 torch，别的用法不必等
 
     report = answer_file(
@@ -291,7 +294,7 @@ def chat(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOption
     history_path = None if args.no_input_history else args.save_samples_dir / ".history"
     # 先备好提示符，再在后台读模型：两边同时导入会互相等。
     lines = read_lines(is_terminal=is_terminal, history_path=history_path)
-    loading = start_loading(args, tokenizer)
+    loading = start_loading(args, tokenizer, options)
     repl = Repl(
         tokenizer,
         loading,

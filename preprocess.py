@@ -208,6 +208,11 @@ def make_vocab(args: argparse.Namespace, corpus: Corpus) -> None:
     """按 --build_vocab 或 --bert_vocab 造出词表，写到 --vocab_path。"""
     if args.build_vocab and args.bert_vocab:
         raise UserError("--build_vocab 与 --bert_vocab 只能用一个：请去掉其中之一")
+    if args.check:
+        raise UserError(
+            "--check 只读不写，不能同时造词表：请去掉 --check 造出词表，"
+            "再去掉 --build_vocab、--bert_vocab，用 --vocab_path 指定它来检查"
+        )
     check_new_vocab(args.vocab_path)
     if args.bert_vocab:
         vocab = derive_reference_vocab(read_vocab_lines(args.bert_vocab))

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,13 +28,13 @@ from chitchat.checkpoint import check_same_vocab, load_model
 from chitchat.cli import (
     CliParser,
     configure_logging,
-    notify,
     quiet_transformers,
     run_cli,
     stop_signals,
 )
 from chitchat.devices import seed_everything
 from chitchat.errors import EXIT_INTERRUPTED, UserError
+from chitchat.files import find_shipped
 from chitchat.tokens.token_table import TokenTable, is_encoded_with, load_token_table
 from chitchat.tokens.tokenizer import load_tokenizer, special_ids, vocab_fingerprint
 from chitchat.training.dataset import reverse_dialogues
@@ -47,7 +46,7 @@ from chitchat.training.plan import Plan, choose_precision
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.run import Run, log_overview
-from chitchat.training.run_folder import occupy, remove_old_checkpoints, set_aside
+from chitchat.training.run_folder import make_room, occupy, remove_old_checkpoints
 from chitchat.training.splitting import MAX_PADDING
 from chitchat.training.state import STATE_NAME, Progress, find_state, fingerprint
 
@@ -64,6 +63,7 @@ UNCHANGEABLE = (  # 续训时不能变的选项；语料、词表和结构另有
     "gradient_accumulation_steps",
     "seed",
 )
+CHOSEN_BY_AUTO = ("precision", "optimizer")  # auto 由机器定下来的，续训时用上次的
 COMPILED_WIDTH = 32  # --compile 时批次的宽度补齐到它的倍数，形状少，编译的次数就少
 
 
@@ -117,6 +117,7 @@ def prepare_data(
         num_workers=args.num_workers,
         seed=args.seed,
         processes=processes,
+        pin_memory=model.device.type == "cuda",
         max_len=args.max_len,
         pad_id=ids.pad,
         sep_id=ids.sep,
@@ -126,19 +127,25 @@ def prepare_data(
 
 
 def make_plan(
-    args: argparse.Namespace, model: GPT2LMHeadModel, loader: DataLoader, processes: Processes
+    args: argparse.Namespace,
+    model: GPT2LMHeadModel,
+    loader: DataLoader,
+    processes: Processes,
+    saved: dict | None,
 ) -> Plan:
-    """把没有指定的定下来；精度除外，它可能取自上次的训练状态。"""
+    """把没有指定的定下来；续训时，没有指定的优化器和精度与上次的相同。"""
+    earlier = saved["identity"] if saved is not None else {}
     wanted = Plan(
         total_steps=len(loader) * args.epochs,
-        optimizer=args.optimizer,
+        optimizer=earlier.get("optimizer", args.optimizer),
         lr=args.lr,
         lr_schedule=args.lr_schedule,
         warmup_steps=args.warmup_steps,
         eps=args.eps,
         max_grad_norm=args.max_grad_norm,
         max_padding=1.0 if args.compile else MAX_PADDING,  # 编译时形状越少越好
-        precision=args.precision,
+        precision=earlier.get("precision")
+        or processes.share(lambda: choose_precision(args.precision, model.device)),
     )
     # 前向和反向由各进程分摊，正交化却每个进程都做一遍。
     tokens_per_update = loader.dataset.lengths.sum() / len(loader) / processes.world_size
@@ -153,46 +160,24 @@ def prepare_run(
     """读词表、模型和数据，定下安排；有 --resume 时接上训练状态。"""
     seed_everything(args.seed)
     tokenizer = load_tokenizer(args.vocab_path)
-    model = prepare_model(args, tokenizer)
+    model = prepare_model(args, tokenizer).to(devices[0])
     table, loaders = prepare_data(args, model, tokenizer, processes)
-    model.to(devices[0])
-    plan = make_plan(args, model, loaders[0], processes)
     identity = {
-        "precision": plan.precision,
-        "optimizer": plan.optimizer,
-        **{name: getattr(args, name) for name in UNCHANGEABLE},
+        **{name: getattr(args, name) for name in (*CHOSEN_BY_AUTO, *UNCHANGEABLE)},
         **fingerprint(table, tokenizer, model),
     }
     state_path = args.save_model_dir / STATE_NAME
     saved = find_state(state_path, identity, processes) if args.resume else None
-    if saved is not None:
-        precision = saved["identity"]["precision"]
-    else:
-        precision = processes.share(lambda: choose_precision(plan.precision, devices[0]))
-    plan = dataclasses.replace(plan, precision=precision)
+    plan = make_plan(args, model, loaders[0], processes, saved)
+    identity |= {name: getattr(plan, name) for name in CHOSEN_BY_AUTO}
     updater = plan.build_updater(model, devices, processes)
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
-    identity["precision"] = precision
     run = Run(args.save_model_dir, model, tokenizer, plan, updater, identity)
     if saved is not None:
         run.restore(saved, peak_lr=args.lr)
     elif processes.is_main and not args.resume:
-        make_room(args)
+        make_room(args.save_model_dir, args.pretrained_model)
     return run, loaders
-
-
-def make_room(args: argparse.Namespace) -> None:
-    """从头训练之前，把文件夹里旧的一次训练收起来，并告诉用户。"""
-    old = set_aside(args.save_model_dir)
-    if old is None:
-        return
-    notify(
-        f"{args.save_model_dir} 里已有一次训练，它的检查点、训练状态和曲线都移进了 {old}；"
-        "要接着它训练，请移回来再加 --resume"
-    )
-    start = Path(args.pretrained_model)
-    if args.pretrained_model and (old / start.name).is_dir() and not start.exists():
-        notify(f"--pretrained_model 也在其中，下次请写 --pretrained_model {old / start.name}")
 
 
 def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Namespace) -> bool:
@@ -230,7 +215,7 @@ def train(run: Run, loaders: tuple[DataLoader, DataLoader], args: argparse.Names
             run.save_state()
             if processes.is_main:
                 remove_old_checkpoints(run.folder, args.save_total_limit, progress.epoch)
-                log.write_samples(progress.step, describe(run, loaders[1]))
+                log.write_samples(progress.step, answer_openings(run, loaders[1]))
             if not is_finished() and processes.any(should_stop()):
                 return False
     if progress.should_stop(args.patience):
@@ -272,7 +257,7 @@ def train_epoch(
             log.write_step(*position, meter.read(), lr=updater.lr, grad_norm=float(grad_norm))
         is_stopped = is_stopped_by_validation() or updater.processes.any(should_stop())
         if is_stopped or (args.save_steps and progress.step % args.save_steps == 0):
-            meter.read()
+            meter.flush()
             run.save_state()
         if is_stopped:
             return None
@@ -294,8 +279,8 @@ def validate_mid_epoch(
     return True
 
 
-def describe(run: Run, loader: DataLoader) -> str:
-    """几句示例回复，Markdown；回答的是验证集的头几段对话。"""
+def answer_openings(run: Run, loader: DataLoader) -> str:
+    """回答验证集的头几段对话，几句示例回复，Markdown。"""
     dataset = loader.dataset
     samples = [dataset.table[i].tolist() for i in dataset.indices[:NUM_SAMPLES]]
     try:
@@ -324,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """命令行入口；返回进程退出码。"""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.vocab_path, args.model_config = map(find_shipped, (args.vocab_path, args.model_config))
     processes = Processes.from_environment()
     configure_logging(
         args.log_path if processes.is_main else None,

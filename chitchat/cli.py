@@ -218,7 +218,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     received = []
 
     def remember(signum: int, frame: object) -> None:
-        if received and signum == signal.SIGINT:
+        if signum == signal.SIGINT and signum in received:
             raise KeyboardInterrupt
         received.append(signum)
         with contextlib.suppress(RuntimeError):  # 正好打断了另一行日志

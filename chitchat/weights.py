@@ -31,8 +31,9 @@ def check_weight_files(directory: Path) -> None:
     """文件夹里会被读的权重都要完整。
 
     Raises:
-        UserError: 有一个是 Git LFS 的指针、网页、空的、没传完的，或别的东西。
+        UserError: 有一个是 Git LFS 的指针、网页、空的、没传完的，或别的东西；或缺了几片。
     """
+    _check_shards(directory)
     for path in _weight_files(directory):
         with path.open("rb") as file:
             head = file.read(512)
@@ -52,6 +53,21 @@ def check_weight_files(directory: Path) -> None:
                 raise UserError(f"{path} 不完整，下载或复制时断了：{AGAIN}")
         elif not head.startswith(b"\x80"):
             raise UserError(f"{path} 不是 torch 存下的权重：{AGAIN}")
+
+
+def _check_shards(directory: Path) -> None:
+    """分成好几片的权重，目录里列出的每一片都要在。"""
+    for path in sorted(directory.glob("*.index.json")):
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            missing = sorted(name for name in names if not (directory / name).is_file())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{path} 已损坏，看不出权重分成了哪几片：{AGAIN}") from None
+        if missing:
+            raise UserError(
+                f"{directory} 的权重分成 {len(names)} 片，缺少 {missing[0]} 等 {len(missing)} 片："
+                f"{AGAIN}"
+            )
 
 
 def read_weights(directory: Path) -> dict[str, Tensor] | None:

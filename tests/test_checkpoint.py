@@ -295,6 +295,11 @@ BREAKAGES = {
         ["pytorch_model.bin 不完整"],
     ),
     "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), ["是空文件"]),
+    "index without shards": (
+        lambda d: shard(d, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ["分成 2 片", "缺少 model-00001-of-00002.safetensors 等 2 片"],
+    ),
+    "damaged index": (lambda d: shard(d), ["model.safetensors.index.json 已损坏"]),
     "list as bin": (
         lambda d: (drop_weights(d, "none"), torch.save([1], d / "pytorch_model.bin")),
         ["pytorch_model.bin 里没有权重"],
@@ -309,6 +314,13 @@ BREAKAGES = {
         ["pytorch_model.bin 不完整"],
     ),
 }
+
+
+def shard(directory: Path, *names: str) -> None:
+    """只留下分片的目录；没有给名字时目录是坏的。"""
+    (directory / "model.safetensors").unlink()
+    text = json.dumps({"weight_map": {name: name for name in names}} if names else [])
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)

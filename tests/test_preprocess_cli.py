@@ -12,6 +12,7 @@ from conftest import TINY_VOCAB
 from transformers import BertTokenizerFast
 
 from chitchat.cli import configure_logging, run_cli
+from chitchat.errors import UserError
 from preprocess import main
 
 DIALOGUES = [
@@ -182,6 +183,14 @@ def test_save_path_that_cannot_be_written_is_one_sentence(preprocess, train_path
         run_cli(lambda: preprocess(save_path=tmp_path / "file" / "train.pkl"))
     assert stopped.value.code == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_check_does_not_build_a_vocabulary(train_path, vocab_path, tmp_path):
+    train_path.write_text(LF, encoding="utf-8")
+    argv = ["--train_path", str(train_path), "--vocab_path", str(tmp_path / "new.txt")]
+    with pytest.raises(UserError, match="去掉 --check"):
+        main([*argv, "--check", "--build_vocab", "300"])
+    assert not (tmp_path / "new.txt").exists()
 
 
 def test_check_writes_nothing_not_even_the_log(train_path, vocab_path, tmp_path, capsys):

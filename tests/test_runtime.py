@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import random
+import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -16,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from chitchat.cli import CliParser, bounded, configure_logging, run_cli
+from chitchat.cli import CliParser, bounded, configure_logging, run_cli, stop_signals
 from chitchat.devices import seed_everything, select_devices
 from chitchat.errors import UserError
 from chitchat.files import atomic_directory, atomic_file
@@ -252,6 +254,15 @@ def test_devices_hidden_by_the_environment_are_mentioned(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
         select_devices("3", no_cuda=False)
+
+
+def test_first_ctrl_c_after_sigterm_still_waits_for_the_state():
+    with stop_signals() as should_stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_seed_fixes_python_numpy_and_torch():

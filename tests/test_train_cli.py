@@ -167,7 +167,7 @@ def test_epoch_line_states_the_validation_loss_of_its_checkpoint(run):
     folder = run(lr=1e-3, lr_schedule="linear")
     rows = [match.groups() for match in EPOCH_LINE.finditer(read_log(folder))]
     assert [row[0] for row in rows] == ["1", "2"]
-    assert [row[5] for row in rows] == ["5.0e-04", "0.0e+00"]
+    assert [row[5] for row in rows] == ["6.0e-04", "1.0e-04"]  # 一轮最后一次更新所用的
     _, validation = train_test_split(make_dialogues(), test_size=2, random_state=0)
     for row in rows:
         model = AutoModelForCausalLM.from_pretrained(folder / f"epoch{row[0]}").eval()
@@ -203,6 +203,26 @@ def test_padding_is_the_share_of_the_forwards_of_each_step(run):
     expected = sorted(1 - sum(window) / (4 * max(window)) for window in windows)
     found = sorted(event.value for event in events.Scalars("train/padding"))
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_before_a_saved_state_are_not_lost_from_the_curves(run):
+    """存状态时取回的和，仍算在下一次记录的平均里。"""
+    curves = []
+    for name, save_steps in (("plain", 0), ("saving", 3)):
+        folder = run(name, epochs=1, log_step=2, save_steps=save_steps)
+        events = EventAccumulator(str(folder / "runs"))
+        events.Reload()
+        curves.append([event.value for event in events.Scalars("train/loss")])
+    assert len(curves[0]) == 2
+    assert curves[0] == curves[1]
+
+
+def test_logged_lr_is_that_of_the_update_itself(run):
+    folder = run(epochs=1, log_step=1, lr=0.01, lr_schedule="linear")
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    found = [event.value for event in events.Scalars("train/lr")]
+    assert found == pytest.approx([0.01 * (1 - i / 5) for i in range(5)])
 
 
 @pytest.mark.parametrize("log_step", [1, 3, 1000])
@@ -760,7 +780,8 @@ def test_raised_epochs_follow_the_new_schedule(run):
     folder = run(epochs=1)
     run(epochs=4, resume=True)
     rates = [float(match[6]) for match in EPOCH_LINE.finditer(read_log(folder))]
-    assert rates == [0, 5e-4, 2.5e-4, 0]  # 线性：第 n 轮末是 lr × (1 − n / 4)
+    # 线性，一轮五次更新：第 n 轮最后一次是 lr × (1 − (5n − 1) / 20)，单独一轮时是 lr × (1 − 4 / 5)
+    assert rates == [2e-4, 5.5e-4, 3e-4, 5e-5]
 
 
 def test_early_stop_counts_across_a_resume(run):
@@ -785,6 +806,16 @@ def test_resume_with_auto_precision_takes_the_saved_one(run, monkeypatch):
     assert re.findall(r" precision=(\S+)", read_log(folder)) == ["bf16", "bf16"]
     run(epochs=3, resume=True, precision="auto")  # 存下的仍是具体的精度
     assert epochs_logged(folder) == [1, 2, 3]
+
+
+def test_resume_with_auto_optimizer_takes_the_saved_one(run, monkeypatch):
+    folder = run(epochs=1, optimizer="muon")
+    monkeypatch.setattr(
+        plan, "choose_optimizer", lambda name, *_: {"auto": "adamw"}.get(name, name)
+    )
+    run(epochs=2, resume=True, optimizer="auto")
+    assert re.findall(r" optimizer=(\S+)", read_log(folder)) == ["muon", "muon"]
+    assert epochs_logged(folder) == [1, 2]
 
 
 CHANGES = {
@@ -1028,7 +1059,9 @@ def test_optimizer_weighs_the_work_of_one_process(world_size, optimizer, monkeyp
     sampler = LengthBucketSampler(lengths, window_size=5, seed=0, world_size=world_size)
     loader = DataLoader(SimpleNamespace(lengths=lengths), batch_size=None, sampler=sampler)
     args = train.build_parser().parse_args([])
-    chosen = train.make_plan(args, None, loader, Processes(0, world_size, 0))
+    model = SimpleNamespace(device=torch.device("cpu"))
+    saved = {"identity": {"precision": "fp32"}}  # 否则由各进程商量
+    chosen = train.make_plan(args, model, loader, Processes(0, world_size, 0), saved)
     assert seen == [150 / world_size]
     assert (chosen.optimizer, args.optimizer) == (optimizer, "auto")
 

@@ -82,6 +82,7 @@ def build_loaders(
     num_workers: int,
     seed: int,
     processes: Processes,
+    pin_memory: bool = False,
     **options: object,
 ) -> tuple[DataLoader, DataLoader]:
     """划分语料，给出训练集和验证集的 DataLoader。
@@ -95,6 +96,7 @@ def build_loaders(
         num_workers: 读数据的子进程数，0 表示在主进程里读。
         seed: 划分和次序的种子。
         processes: 进程分工。
+        pin_memory: 张量放进锁页内存，送往 GPU 更快。
         options: DialogueDataset 的其余参数。
     """
     train_indices, val_indices, is_reduced = split_indices(len(table), val_num, seed)
@@ -104,7 +106,12 @@ def build_loaders(
     datasets = [DialogueDataset(table, i, **options) for i in (train_indices, val_indices)]
     _report_pieces(datasets)
 
-    shared = {"num_workers": num_workers, "seed": seed, "processes": processes}
+    shared = {
+        "num_workers": num_workers,
+        "seed": seed,
+        "processes": processes,
+        "pin_memory": pin_memory,
+    }
     return (
         _build_loader(
             datasets[0],
@@ -118,7 +125,13 @@ def build_loaders(
 
 
 def _build_loader(
-    dataset: DialogueDataset, *, num_workers: int, seed: int, processes: Processes, **window: int
+    dataset: DialogueDataset,
+    *,
+    num_workers: int,
+    seed: int,
+    processes: Processes,
+    pin_memory: bool,
+    **window: int,
 ) -> DataLoader:
     """一个数据集的 DataLoader；window 是 LengthBucketSampler 的其余参数。"""
     sampler = LengthBucketSampler(
@@ -135,6 +148,6 @@ def _build_loader(
         sampler=sampler,
         num_workers=num_workers,
         worker_init_fn=_ignore_stop_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # 不动用全局随机数，续训才能逐位相同
     )

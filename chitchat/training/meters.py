@@ -77,7 +77,8 @@ class Meter:
             epoch: 本轮此前的累计；每次读取都加到它上面，它仍归调用者所有。
         """
         self._processes = processes
-        self._recent = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._recent = TokenAverage()
         self._cells = torch.zeros(2, dtype=torch.float64)  # 前向的位置数，其中补齐的
         self._epoch = epoch
         self._num_resumed = epoch.num_tokens
@@ -91,18 +92,24 @@ class Meter:
             num_cells: 这一步的前向共多少个位置。
             num_padding: 其中多少个是补齐。
         """
-        self._recent += sums
+        self._sums += sums
         self._cells += torch.tensor([num_cells, num_padding])
+
+    def flush(self) -> None:
+        """把还在设备上的和加进本轮的累计；下一次读取仍把它们算在内。"""
+        fresh = TokenAverage()
+        fresh.add(self._processes.sum(self._sums))
+        self._sums.zero_()
+        self._epoch.merge(fresh)
+        self._recent.merge(fresh)
 
     def read(self) -> Reading:
         """上次读取以来的平均、速度和补齐；平均也加进本轮的累计。"""
-        recent = TokenAverage()
-        recent.add(self._processes.sum(self._recent))
-        self._epoch.merge(recent)
+        self.flush()
+        recent, self._recent = self._recent, TokenAverage()
         num_cells, num_padding = self._processes.sum(self._cells).tolist()
         now = time.perf_counter()
         speed = recent.num_tokens / max(now - self._last_read, 1e-9)
-        self._recent.zero_()
         self._cells.zero_()
         self._last_read = now
         return Reading(recent, speed, num_padding / max(1, num_cells))

@@ -22,6 +22,7 @@ from chitchat.errors import UserError
 logger = logging.getLogger(__name__)
 
 DEFAULT_DEVICE = "0"
+RELAYED = (UserError, OSError)  # 主进程里的这些错，别的进程也要知道，否则一直等它
 JOIN_SECONDS = 300  # 等别的进程最多多久
 ADVICE = "多个进程请用 torchrun 启动；只用一个进程请先 unset RANK WORLD_SIZE LOCAL_RANK"
 
@@ -148,7 +149,7 @@ class Processes:
             compute: 只在主进程里调用，没有参数。
 
         Raises:
-            UserError: compute 在主进程里报的，每个进程都报。
+            UserError, OSError: compute 在主进程里抛出的，每个进程都抛出。
         """
         if self.world_size == 1:
             return compute()
@@ -156,10 +157,10 @@ class Processes:
         if self.is_main:
             try:
                 answer = [compute()]
-            except UserError as error:
+            except RELAYED as error:
                 answer = [error]
         dist.broadcast_object_list(answer)
-        if isinstance(answer[0], UserError):
+        if isinstance(answer[0], RELAYED):
             raise answer[0]
         return answer[0]
 
@@ -175,10 +176,11 @@ def choose_devices(names: str, processes: Processes, *, no_cuda: bool) -> list[t
     Raises:
         UserError: 写法不对，没有这块卡，或列出的卡比这台机器的进程少。
     """
-    if processes.world_size > 1 and names == DEFAULT_DEVICE:
+    is_listed = processes.world_size > 1 and names != DEFAULT_DEVICE
+    if processes.world_size > 1 and not is_listed:
         names = str(processes.local_rank)
     devices = select_devices(names, no_cuda=no_cuda)
-    if processes.world_size > 1 and len(devices) > 1:
+    if is_listed and devices[0].type == "cuda":
         if processes.local_rank >= len(devices):
             raise UserError(
                 f"--device {names} 只有 {len(devices)} 块卡，这台机器的进程更多："

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -78,6 +78,7 @@ class Run:
         """
         self.model.load_state_dict(state["model"])
         self.updater.load_state_dict(state["updater"], peak_lr=peak_lr)
+        self.plan = replace(self.plan, lr=self.updater.peak_lr)
         device = self.updater.device
         if len(state["random_states"]) == self.processes.world_size:
             own = state["random_states"][self.processes.rank]
@@ -101,7 +102,7 @@ def log_overview(
         "dialogues_per_update": round(len(train_loader.dataset) / len(train_loader)),
         "updates": run.plan.total_steps,
         "optimizer": run.plan.optimizer,
-        "peak_learning_rate": f"{run.updater.peak_lr:g}",
+        "peak_learning_rate": f"{run.plan.lr:g}",
         "warmup_steps": run.plan.warmup_steps,
         "precision": run.plan.precision,
         "devices": ",".join(map(str, devices)),

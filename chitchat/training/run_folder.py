@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from chitchat.cli import notify
 from chitchat.errors import UserError
 from chitchat.files import check_writable
 
@@ -76,6 +77,25 @@ def set_aside(folder: Path) -> Path | None:
         path.rename(old / path.name)
     logger.info("earlier run set aside: folder=%s items=%d", old, len(found))
     return old
+
+
+def make_room(folder: Path, pretrained_model: str) -> None:
+    """从头训练之前，把文件夹里旧的一次训练收起来，并告诉用户。
+
+    Args:
+        folder: 检查点所在的文件夹。
+        pretrained_model: 这次从哪个模型开始；它也被收起来了的话，说它现在在哪里。
+    """
+    old = set_aside(folder)
+    if old is None:
+        return
+    notify(
+        f"{folder} 里已有一次训练，它的检查点、训练状态和曲线都移进了 {old}；"
+        "要接着它训练，请移回来再加 --resume"
+    )
+    start = Path(pretrained_model)
+    if pretrained_model and (old / start.name).is_dir() and not start.exists():
+        notify(f"--pretrained_model 也在其中，下次请写 --pretrained_model {old / start.name}")
 
 
 def remove_old_checkpoints(save_model_dir: Path, limit: int, last_epoch: int) -> None:

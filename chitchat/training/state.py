@@ -123,7 +123,7 @@ def load_state(path: Path, identity: dict) -> dict:
 
     Args:
         path: Run.save_state 写的文件。
-        identity: 续训时不能变的选项和指纹；precision 是 ``auto`` 时存下的是什么都行。
+        identity: 续训时不能变的选项和指纹；值是 ``auto`` 的，存下的是什么都行。
 
     Raises:
         UserError: 文件损坏，或不能变的选项变了（指出是哪一个）。
@@ -139,8 +139,7 @@ def load_state(path: Path, identity: dict) -> dict:
     if not is_whole:
         raise UserError(f"{path} 不是这个版本的训练状态：请删去它，去掉 --resume 重新训练")
     for name, value in identity.items():
-        is_free = (name, value) == ("precision", "auto")
-        if saved.get(name) != value and not is_free:
+        if value not in (saved.get(name), "auto"):
             was = f"上次是 {saved.get(name)}，这次是 {value}"
             if name in ("train_path", "vocab_path", "model_config"):
                 was = "内容与上次不同"

@@ -60,8 +60,10 @@ class Updater:
 
     @property
     def lr(self) -> float:
-        """现在的学习率。"""
-        return self.optimizers[0].param_groups[0]["lr"]
+        """上一次更新所用的学习率；还没有更新过时是第一次将用的。"""
+        scheduler = self.schedulers[0]
+        last_step = max(0, scheduler.last_epoch - 1)
+        return scheduler.base_lrs[0] * scheduler.lr_lambdas[0](last_step)
 
     @property
     def peak_lr(self) -> float:

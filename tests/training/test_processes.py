@@ -119,6 +119,10 @@ def interrupt_rank_1(rank: int) -> None:
     Updater.step = step
 
 
+def fail_to_read(rank: int) -> None:
+    raise PermissionError(13, "Permission denied", f"state of {rank}")
+
+
 def complain(rank: int) -> None:
     raise UserError(f"from {rank}")
 
@@ -149,6 +153,8 @@ def work(rank: int, folder: Path, ports: list[int]) -> None:
         result["share"] = processes.share(lambda: {"from": rank})
         with pytest.raises(UserError, match="from 0"):
             processes.share(lambda: complain(rank))
+        with pytest.raises(PermissionError, match="state of 0"):
+            processes.share(lambda: fail_to_read(rank))
         values = torch.tensor([1.0, 10.0 * rank])
         result["is_same_tensor"] = processes.sum(values) is values
         result["sum"] = values.tolist()
@@ -334,11 +340,12 @@ def test_each_process_takes_its_own_card(device, local_rank, expected, monkeypat
     assert devices == chosen == [torch.device("cuda", expected)]
 
 
-def test_more_processes_than_listed_cards_is_refused(monkeypatch):
+@pytest.mark.parametrize(("names", "rank"), [("2,3", 2), ("1", 1), ("1", 2)])
+def test_more_processes_than_listed_cards_is_refused(names, rank, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    with pytest.raises(UserError, match=r"--device 2,3 只有 2 块"):
-        choose_devices("2,3", Processes(2, 4, 2), no_cuda=False)
+    with pytest.raises(UserError, match=rf"--device {names} 只有 \d 块"):
+        choose_devices(names, Processes(rank, 4, rank), no_cuda=False)
 
 
 def test_compile_with_several_cards_is_refused(monkeypatch):
