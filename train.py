@@ -42,7 +42,7 @@ from chitchat.training.failures import explain_failures
 from chitchat.training.loaders import build_loaders
 from chitchat.training.meters import Meter, evaluate
 from chitchat.training.options import add_options, check_options
-from chitchat.training.plan import Plan, choose_precision
+from chitchat.training.plan import Plan
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.run import Run, log_overview
@@ -97,8 +97,6 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
     build_activation(model.config.to_dict())  # 不能用来聊天的结构，训练之前就拒绝
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if args.compile:
-        model.transformer.compile()
     return model.train()
 
 
@@ -144,14 +142,9 @@ def make_plan(
         eps=args.eps,
         max_grad_norm=args.max_grad_norm,
         max_padding=1.0 if args.compile else MAX_PADDING,  # 编译时形状越少越好
-        precision=earlier.get("precision")
-        or processes.share(lambda: choose_precision(args.precision, model.device)),
+        precision=earlier.get("precision", args.precision),
     )
-    # 前向和反向由各进程分摊，正交化却每个进程都做一遍。
-    tokens_per_update = loader.dataset.lengths.sum() / len(loader) / processes.world_size
-    return wanted.settle(
-        model, tokens_per_update=tokens_per_update, is_fine_tuning=bool(args.pretrained_model)
-    )
+    return wanted.settle(model, loader, processes, is_fine_tuning=bool(args.pretrained_model))
 
 
 def prepare_run(
@@ -170,6 +163,8 @@ def prepare_run(
     saved = find_state(state_path, identity, processes) if args.resume else None
     plan = make_plan(args, model, loaders[0], processes, saved)
     identity |= {name: getattr(plan, name) for name in CHOSEN_BY_AUTO}
+    if args.compile:
+        model.transformer.compile()  # 在 auto 量完速度之后：每种形状都要编译几分钟
     updater = plan.build_updater(model, devices, processes)
     seed_everything(args.seed + processes.rank)  # 各进程的 dropout 互不相同
     run = Run(args.save_model_dir, model, tokenizer, plan, updater, identity)

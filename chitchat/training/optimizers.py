@@ -17,7 +17,6 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 FLAT_RATIO = 1.5  # 长边至少是短边的这么多倍，在短边上迭代的运算才少：4r + 34 对 20r + 10
 DEFAULT_LR = {"adamw": 1e-3, "muon": 2e-3}  # 学习率的峰值，由 tests/benchmarks/time_to_loss.py 选定
-MAX_MUON_COST = 3  # 正交化的运算量最多是前向和反向的几倍；再多，少走的步数就抵不上了
 
 
 class Muon(Optimizer):
@@ -142,28 +141,6 @@ def _iterate_small_side(x: Tensor) -> Tensor:
         if i < NEWTON_SCHULZ_STEPS - 1:
             gram = factor @ (factor @ gram)
     return product @ x
-
-
-def choose_optimizer(name: str, model: nn.Module, tokens_per_update: float) -> str:
-    """把 ``auto`` 变成 ``adamw`` 或 ``muon``。
-
-    同样多的步数 Muon 总是更好，但正交化的运算量只取决于模型，前向和反向的则与一次更新的 token 数
-    成正比：小模型或大批次才划算。
-
-    Args:
-        name: ``auto``、``adamw`` 或 ``muon``；后两个原样返回。
-        model: GPT2LMHeadModel。
-        tokens_per_update: 一次更新里一个进程平均的 token 数。
-    """
-    if name != "auto":
-        return name
-    orthogonalizing = 0
-    for param in hidden_matrices(model):
-        m, n = sorted(param.shape)
-        orthogonalizing += NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)
-    # 每个 token、每个参数，前向 2 次、反向 4 次浮点运算
-    training = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_update
-    return "muon" if orthogonalizing <= MAX_MUON_COST * training else "adamw"
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

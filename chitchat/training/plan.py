@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from chitchat.devices import has_fast_bf16
 from chitchat.training.loss import LossModule
+from chitchat.training.optimizer_choice import choose_optimizer
 from chitchat.training.optimizers import (
     DEFAULT_LR,
     build_optimizers,
     build_schedulers,
-    choose_optimizer,
 )
 from chitchat.training.processes import Processes, parallelize
 from chitchat.training.updater import Updater
@@ -49,22 +50,34 @@ class Plan:
     max_padding: float
     precision: str
 
-    def settle(self, model: nn.Module, *, tokens_per_update: float, is_fine_tuning: bool) -> Plan:
-        """定下优化器、学习率和预热步数；不修改自己。
+    def settle(
+        self, model: nn.Module, loader: DataLoader, processes: Processes, *, is_fine_tuning: bool
+    ) -> Plan:
+        """定下精度、优化器、学习率和预热步数，各进程相同；不修改自己。
 
         Args:
-            model: GPT2LMHeadModel。
-            tokens_per_update: 一次更新里一个进程平均的 token 数。
+            model: GPT2LMHeadModel，已在训练所用的设备上。
+            loader: 训练集的。
+            processes: 进程分工。
             is_fine_tuning: 从已有的权重继续。
         """
-        wanted = "adamw" if is_fine_tuning and self.optimizer == "auto" else self.optimizer
-        optimizer = choose_optimizer(wanted, model, tokens_per_update)
+        precision = processes.share(lambda: choose_precision(self.precision, model.device))
+        optimizer = self.optimizer
+        if optimizer == "auto" and is_fine_tuning:
+            optimizer = "adamw"
+        elif optimizer == "auto":
+            loss_module = LossModule(model, precision=precision)
+            optimizer = processes.share(
+                lambda: choose_optimizer(loss_module, loader, num_processes=processes.world_size)
+            )
         lr, warmup_steps = self.lr, self.warmup_steps
         if lr is None:
             lr = FINE_TUNING_LR if is_fine_tuning else DEFAULT_LR[optimizer]
         if warmup_steps is None:
             warmup_steps = min(MAX_WARMUP_STEPS, self.total_steps // 10)
-        return dataclasses.replace(self, optimizer=optimizer, lr=lr, warmup_steps=warmup_steps)
+        return dataclasses.replace(
+            self, precision=precision, optimizer=optimizer, lr=lr, warmup_steps=warmup_steps
+        )
 
     def build_updater(
         self, model: nn.Module, devices: list[torch.device], processes: Processes

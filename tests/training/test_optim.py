@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -21,7 +19,6 @@ from chitchat.training.optimizers import (
     Muon,
     build_optimizers,
     build_schedulers,
-    choose_optimizer,
     learning_rate_factor,
     orthogonalize,
 )
@@ -245,17 +242,3 @@ def test_all_optimizers_follow_the_same_schedule(make_model):
             optimizer.step()
             scheduler.step()
     assert rates == [[lr] * 3 for lr in (0, 0.25, 0.5, 0.25, 0)]
-
-
-def test_auto_takes_muon_only_where_its_matrix_work_is_affordable():
-    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config)
-    # 每层的四个权重 32×96、32×32、32×128、128×32，每次迭代三个矩阵乘法：m·m·n、m·m·m、m·m·n
-    products = sum(2 * m * m * n + 2 * m**3 + 2 * m * m * n for m, n in
-                   [(32, 96), (32, 32), (32, 128), (32, 128)])  # fmt: skip
-    orthogonalizing = 2 * 5 * products
-    break_even = orthogonalizing / (3 * 6 * model.num_parameters())
-    assert choose_optimizer("auto", model, break_even * 1.01) == "muon"
-    assert choose_optimizer("auto", model, break_even * 0.99) == "adamw"
-    assert choose_optimizer("muon", model, 1) == "muon"
-    assert choose_optimizer("adamw", model, 10**9) == "adamw"

@@ -1,0 +1,103 @@
+"""``--optimizer auto``：量一量正交化和前向、反向各要多久，由它决定用 Muon 还是 AdamW。"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from chitchat.training.batching import Window
+from chitchat.training.dataset import Batch, DialogueDataset
+from chitchat.training.failures import is_out_of_memory
+from chitchat.training.loss import LossModule
+from chitchat.training.optimizers import hidden_matrices, orthogonalize
+
+logger = logging.getLogger(__name__)
+
+MAX_MUON_COST = 1.5  # 正交化的时间最多是前向和反向的几倍；再多，少走的步数就抵不上了
+ENOUGH_SECONDS = 0.5  # 一次前向和反向有这么久，就不必再量更大的
+
+
+def choose_optimizer(loss_module: LossModule, loader: DataLoader, *, num_processes: int) -> str:
+    """给出 ``adamw`` 或 ``muon``。
+
+    同样多的步数 Muon 总是更好，但正交化的时间只取决于模型，前向和反向的则与一次更新的 token 数
+    成正比：小模型或大批次才划算。前向和反向由各进程分摊，正交化却每个进程都做一遍。
+
+    Args:
+        loss_module: 没有套上并行的；权重、梯度和随机数都不会变。
+        loader: 训练集的。
+        num_processes: 有多少个进程。
+    """
+    tokens_per_update = loader.dataset.lengths.sum() / len(loader) / num_processes
+    num_rows = max(1, len(loader.dataset) // len(loader) // num_processes)
+    batch = _middle_batch(loader.dataset, num_rows)
+    orthogonalizing = measure_orthogonalizing(loss_module.model)
+    training = measure_seconds_per_token(loss_module, batch) * tokens_per_update
+    logger.info(
+        "optimizer auto: seconds per update: forward and backward=%.3f orthogonalizing=%.3f",
+        *(training, orthogonalizing),
+    )
+    return "muon" if orthogonalizing <= MAX_MUON_COST * training else "adamw"
+
+
+def _middle_batch(dataset: DialogueDataset, num_rows: int) -> Batch:
+    """长度居中的 num_rows 段。"""
+    start = max(0, (len(dataset) - num_rows) // 2)
+    indices = np.argsort(dataset.lengths, kind="stable")[start : start + num_rows]
+    return dataset[Window(indices.tolist(), 0)]
+
+
+def measure_orthogonalizing(model: nn.Module) -> float:
+    """Muon 每次更新为模型做正交化要多少秒。"""
+    shapes = Counter(param.shape for param in hidden_matrices(model))
+    device = next(model.parameters()).device
+    total = 0.0
+    for shape, count in shapes.items():
+        matrices = torch.ones(count, *shape, device=device)
+        orthogonalize(matrices[:1])  # 头一次要准备
+        total += _measure(device, lambda matrices=matrices: orthogonalize(matrices))
+    return total
+
+
+def measure_seconds_per_token(loss_module: LossModule, batch: Batch) -> float:
+    """前向和反向平均每个 token 要多少秒；由少到多地量，到 ENOUGH_SECONDS 秒为止。"""
+    device = loss_module.model.device
+    best = None
+
+    def run(num_rows: int) -> None:
+        input_ids, labels = batch.input_ids[:num_rows], batch.labels[:num_rows]
+        loss_module(input_ids.to(device), labels.to(device))[0, 0].backward()
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        run(1)  # 头一次要准备
+        num_rows = 1
+        while True:
+            try:
+                seconds = _measure(device, functools.partial(run, num_rows))
+            except RuntimeError as error:
+                if best is None or not is_out_of_memory(error):
+                    raise
+                break
+            best = seconds / sum(batch.lengths[:num_rows])
+            if seconds >= ENOUGH_SECONDS or num_rows >= len(batch.lengths):
+                break
+            num_rows *= 2
+    loss_module.zero_grad(set_to_none=True)
+    return best
+
+
+def _measure(device: torch.device, run: Callable[[], object]) -> float:
+    """run 一次要多少秒；GPU 上等到算完。"""
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
