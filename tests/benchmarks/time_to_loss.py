@@ -18,14 +18,17 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
+import trainer_loop  # noqa: E402
 
 from chitchat.checkpoint import load_model  # noqa: E402
 from chitchat.cli import quiet_transformers  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
+from chitchat.training.loss import LossModule  # noqa: E402
 from chitchat.training.meters import evaluate  # noqa: E402
-from chitchat.training.optimizers import learning_rate_factor  # noqa: E402
+from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
+from chitchat.training.optimizers import DEFAULT_LR, learning_rate_factor  # noqa: E402
+from chitchat.training.plan import choose_precision  # noqa: E402
 
-BATCH_SIZE = 16  # 一次更新的对话数，4 × 4
 DEFAULT_RECIPES = "reference,adamw:1e-3,adamw:2e-3,muon:1e-3,muon:2e-3,muon:4e-3"
 
 
@@ -38,8 +41,31 @@ def train_reference(model, loaders, args, device):
     num_tokens, _, elapsed = reference_loop.train(
         model, dialogues, seconds=args.seconds, device=device
     )
-    tokens_per_step = BATCH_SIZE * (loaders[0].dataset.lengths.mean() - 1)
+    tokens_per_step = 16 * (loaders[0].dataset.lengths.mean() - 1)
     return num_tokens / elapsed, round(num_tokens / tokens_per_step)
+
+
+def train_trainer(model, loaders, args, device, *, lr):
+    """transformers 的 Trainer，同一条按时间铺满的学习率曲线；返回 token/s 和更新次数。"""
+    table, indices = loaders[0].dataset.table, loaders[0].dataset.indices
+    dialogues = [table[i].tolist() for i in indices]
+    num_tokens, _, elapsed, num_steps = trainer_loop.train(
+        model,
+        dialogues,
+        seconds=args.seconds,
+        device=device,
+        batch_size=args.batch_size,
+        lr=lr,
+        lr_factor=lr_share,
+    )
+    return num_tokens / elapsed, num_steps
+
+
+def lr_share(share):
+    """用去 share 的时间（0 到 1）时，学习率相对峰值的倍数。"""
+    return learning_rate_factor(
+        int(1000 * share), schedule="linear", warmup_steps=100, total_steps=1000
+    )
 
 
 def train_ours(model, loader, args, device, *, optimizer, lr):
@@ -50,10 +76,13 @@ def train_ours(model, loader, args, device, *, optimizer, lr):
         return (time.perf_counter() - started) / args.seconds
 
     def lr_factor(_step):
-        return learning_rate_factor(
-            int(1000 * share()), schedule="linear", warmup_steps=100, total_steps=1000
-        )
+        return lr_share(share())
 
+    if optimizer == "auto":
+        module = LossModule(model.train(), precision=choose_precision("auto", device))
+        optimizer = choose_optimizer(module, loader, num_processes=1)
+        lr = lr or DEFAULT_LR[optimizer]
+        print(f"auto: {optimizer}", end=" ")
     updater = our_loop.build_updater(model, device, optimizer=optimizer, lr=lr, lr_factor=lr_factor)
     num_tokens = num_steps = 0
     loader.sampler.epoch = 0
@@ -77,11 +106,12 @@ def main():
     parser.add_argument("--n_head", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--recipes", default=DEFAULT_RECIPES)
+    parser.add_argument("--batch_size", type=int, default=16, help="一次更新的对话数")
     args = parser.parse_args()
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = load_token_table(args.train_path, 13317)
-    loaders = our_loop.load_batches(table, train_window=BATCH_SIZE, val_window=64, val_num=200)
+    loaders = our_loop.load_batches(table, train_window=args.batch_size, val_window=64, val_num=200)
     size = {name: getattr(args, name) for name in ("n_layer", "n_embd", "n_head")}
     print(f"{'recipe':14} updates  tokens/s  val_loss   ({args.seconds:g} s each)")
     for recipe in args.recipes.split(","):
@@ -92,8 +122,12 @@ def main():
             model = our_loop.build_model(args.model_config, device, **size)
         if name == "reference":
             speed, steps = train_reference(model, loaders, args, device)
+        elif name == "trainer":
+            speed, steps = train_trainer(model, loaders, args, device, lr=float(lr))
         else:
-            speed, steps = train_ours(model, loaders[0], args, device, optimizer=name, lr=float(lr))
+            speed, steps = train_ours(
+                model, loaders[0], args, device, optimizer=name, lr=float(lr or 0)
+            )
         evaluator = our_loop.build_updater(
             model, device, optimizer="adamw", lr=1.0, precision="fp32"
         )

@@ -1,4 +1,4 @@
-"""训练速度：参考实现的循环与本项目的循环，同一份语料、同一个模型，一次运行里先后计时。
+"""训练速度：参考实现的循环、transformers 的 Trainer 与本项目的循环，一次运行里先后计时。
 
 用法: python tests/benchmarks/train_speed.py --train_path data/train.pkl
 每种做法各开一个子进程，内存峰值因此互不影响。最后是一整轮里补齐占的比例，只排批次，不训练；
@@ -21,9 +21,13 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
+import trainer_loop  # noqa: E402
 
 from chitchat.cli import quiet_transformers  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
+from chitchat.training.loss import LossModule  # noqa: E402
+from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
+from chitchat.training.plan import choose_precision  # noqa: E402
 from chitchat.training.splitting import MAX_PADDING  # noqa: E402
 
 
@@ -45,8 +49,14 @@ def measure_padding(train_path, vocab_size, batch_sizes):
 
 def train_ours(model, table, args, *, window, device):
     loader, _ = our_loop.load_batches(table, train_window=window, val_window=1, val_num=1)
+    optimizer = args.optimizer
+    if optimizer == "auto":
+        precision = choose_precision(args.precision, device)
+        module = LossModule(model.train(), precision=precision)
+        optimizer = choose_optimizer(module, loader, num_processes=1)
+        print(f"auto: {optimizer}", file=sys.stderr)
     updater = our_loop.build_updater(
-        model, device, optimizer=args.optimizer, lr=1e-3, precision=args.precision
+        model, device, optimizer=optimizer, lr=1e-3, precision=args.precision
     )
     num_tokens = num_cells = num_dialogues = 0
     started = time.perf_counter()
@@ -83,16 +93,18 @@ def run_variant(args):
         print(json.dumps(rates))
         return
     model = our_loop.build_model(args.model_config, device)
-    if args.variant.startswith("reference"):
+    if args.variant in ("trainer", "reference", "reference_equal"):
         with args.train_path.open("rb") as file:
             dialogues = pickle.load(file)
-        size = args.batch_size if args.variant == "reference_equal" else reference_loop.BATCH_SIZE
-        num_tokens, num_padding, seconds = reference_loop.train(
+        size = reference_loop.BATCH_SIZE if args.variant == "reference" else args.batch_size
+        loop = trainer_loop if args.variant == "trainer" else reference_loop
+        num_tokens, num_padding, seconds, *_ = loop.train(
             model, dialogues, seconds=args.seconds, device=device, batch_size=size
         )
     else:
         table = load_token_table(args.train_path, model.config.vocab_size)
-        window = 4 * 4 if args.variant == "defaults" else args.batch_size
+        size, _, args.optimizer = args.variant.partition(":")
+        window = 4 * 4 if size == "defaults" else args.batch_size
         num_tokens, num_padding, seconds = train_ours(
             model, table, args, window=window, device=device
         )
@@ -115,7 +127,7 @@ def main():
     parser.add_argument("--model_config", type=Path, default=ROOT / "model/config.json")
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--optimizers", default="adamw,muon,auto", help="本项目用哪几种，逗号分隔")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -143,17 +155,20 @@ def compare_speed(args):
     rows = {
         "reference (batch 4 x 4)": measure("reference"),
         f"reference (batch {args.batch_size})": measure("reference_equal"),
-        "ours, defaults (batch 4 x 4)": measure("defaults"),
-        f"ours, --batch_size {args.batch_size}": measure("ours"),
+        f"Trainer (batch {args.batch_size})": measure("trainer"),
     }
+    optimizers = args.optimizers.split(",")
+    for optimizer in optimizers:
+        rows[f"ours, {optimizer}, defaults (4 x 4)"] = measure(f"defaults:{optimizer}")
+        rows[f"ours, {optimizer}, --batch_size {args.batch_size}"] = measure(f"ours:{optimizer}")
     base = rows["reference (batch 4 x 4)"]["speed"]
-    print(f"{'':30} tokens/s   ratio  matrix rate  padding  peak memory")
+    print(f"{'':34} tokens/s   ratio  matrix rate  padding  peak memory")
     for name, row in rows.items():
         print(
-            f"{name:30} {row['speed']:8.1f} {row['speed'] / base:6.2f}x {row['flops'] / best:11.0%}"
+            f"{name:34} {row['speed']:8.1f} {row['speed'] / base:6.2f}x {row['flops'] / best:11.0%}"
             f" {row['padding']:8.1%} {row['memory']:9.2f} GiB"
         )
-    hours = 500_000 * 25 / rows[f"ours, --batch_size {args.batch_size}"]["speed"] / 3600
+    hours = 500_000 * 25 / max(row["speed"] for row in rows.values()) / 3600
     print(f"one epoch of 500,000 dialogues of 25 tokens: {hours:.1f} h")
 
 
