@@ -150,7 +150,8 @@ class _Store:
             speaker = self._find_speaker(*key, message.name)
             tally.speakers[key] += 1
             tally.names[key] = message.name or tally.names.get(key) or message.speaker
-            tally.num_untimed += not any(time is not None for time in message.times)
+            is_timed = any(time is not None for time in message.times)
+            tally.num_untimed += not (is_timed or message.is_cut)
             yield (chat, speaker, *order.add(chat, message.times), text, message.line)
 
     def _find_speaker(self, account: str, is_me: bool, name: str) -> int:

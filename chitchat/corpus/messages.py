@@ -27,6 +27,7 @@ class Message(NamedTuple):
         left_out: 不是话的缘由，如“图片”；空串表示是话。
         line: 在文件里的行号，0 表示没有行。
         has_type: 导出工具给了类型，不必再由文字猜是不是系统提示。
+        is_cut: 一个 chat 就是一段对话，没有时间也分得开。
     """
 
     speaker: str
@@ -38,6 +39,7 @@ class Message(NamedTuple):
     left_out: str = ""
     line: int = 0
     has_type: bool = False
+    is_cut: bool = False
 
 
 _KINDS = {

@@ -362,3 +362,34 @@ def test_a_folder_may_hold_files_without_dialogues(tmp_path, capsys):
     assert "contacts.csv：没有读" in report
     assert "README" not in report
     assert len(pickle.loads((tmp_path / "t.pkl").read_bytes())) == 2
+
+
+VOICES = """Dialogue_ID,Speaker,Utterance
+d2,小明,在吗
+d2,小红,在的
+d1,小红,吃了没
+d2,小红,怎么了
+d1,小明,"吃了, 你呢"
+d1,小明,我吃的面
+"""
+
+
+def test_numbered_dialogues_know_their_speakers_when_asked(tmp_path):
+    """对话编了号、写着说话人、没有时间的表：问起说话人时，同一人接连的几行是一句。"""
+    path = tmp_path / "voices.csv"
+    path.write_text(VOICES, encoding="utf-8")
+
+    def read(**options: str) -> tuple[list[list[str]], Tally]:
+        tally = Tally()
+        source = find_sources([path])[0]
+        found = read_source(source, ReadOptions(**options), tally)
+        return [dialogue.utterances for dialogue in found], tally
+
+    plain, _ = read()
+    assert plain == [["在吗", "在的", "怎么了"], ["吃了没", "吃了, 你呢", "我吃的面"]]
+    named, tally = read(speaker_column="Speaker")
+    assert named == [["在吗", "在的，怎么了"], ["吃了没", "吃了, 你呢，我吃的面"]]
+    assert not tally.warnings
+    assert {name: count for (name, _), count in tally.speakers.items()} == {"小明": 3, "小红": 3}
+    only, _ = read(reply_speaker="小明")
+    assert only == [["吃了没", "吃了, 你呢，我吃的面"]]

@@ -68,6 +68,11 @@ def has_messages(header: Sequence[str], options: ReadOptions) -> bool:
     return bool(named or (is_log and not is_corpus and not _turns_of(header)))
 
 
+def has_voice(options: ReadOptions) -> bool:
+    """用户问起了说话人：对话编了号的表也要按说话人接成一句一句。"""
+    return bool(options.speaker_column or options.reply_speaker)
+
+
 def _turns_of(header: Sequence[str]) -> list[int]:
     """一行就是一段对话时，各句所在的列：问答两列，或 text1、text2……这样编了号的列。"""
     lower = [name.lower() for name in header]
@@ -102,6 +107,8 @@ def read_table(
         )
     elif has_messages(header, options):
         yield from read_messages(rows, columns)
+    elif "dialogue" in columns and "speaker" in columns and has_voice(options):
+        yield from (message._replace(is_cut=True) for message in read_messages(rows, columns))
     elif "dialogue" in columns:
         cells = _cells_of_dialogues(rows, columns["text"], columns["dialogue"])
         yield from (Dialogue(*group) for group in group_rows(cells))
