@@ -329,7 +329,8 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(page):
             page.evaluate("document.activeElement.textContent || document.activeElement.id")
         )
     assert {"新聊天", "导出 JSON", "下载为语料", "设置", "编辑", "重答", "发送"} <= reached
-    assert page.locator("#log").get_attribute("aria-live") == "polite"
+    assert page.locator("#spoken").get_attribute("aria-live") == "polite"
+    assert page.locator("#spoken").text_content() == REPLY  # 说完才整句念出来
     assert page.locator("html").get_attribute("lang") == "zh-CN"
 
 
@@ -347,12 +348,189 @@ def test_enter_during_composition_does_not_send(page):
 def test_a_server_that_is_gone_is_said_and_retry_works_when_it_is_back(page):
     page.context.set_offline(True)
     say(page, "你好")
-    page.get_by_text("连不上服务器").wait_for()
+    page.locator("#log .error", has_text="连不上服务器").wait_for()
     page.problems.clear()
     page.context.set_offline(False)
     page.get_by_role("button", name="重新回答").click()
     wait_until(page, "document.querySelectorAll('.bubble')[1].textContent.length > 5")
     wait_until_said(page)
+    assert texts(page) == ["你好", REPLY]
+
+
+def fail_next_request(page) -> None:
+    """下一次请求答复 503，像排满了一样。"""
+    body = json.dumps({"error": {"message": "排满了"}})
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=503, content_type="application/json", body=body),
+        times=1,
+    )
+
+
+@pytest.mark.parametrize("how", ["retry", "edit"])
+def test_failed_or_stopped_retry_gives_everything_back(how, page, pace):
+    """重答或改了重发，一个字也没来就失败、停下：原来后面的话都还在，重新打开也在。"""
+    for text in ("你好", "晚安"):
+        say(page, text)
+        wait_until_said(page)
+    before = ["你好", REPLY, "晚安", REPLY]
+
+    def go() -> None:
+        if how == "retry":
+            page.get_by_role("button", name="重新回答").first.click()
+        else:
+            page.get_by_role("button", name="编辑这句话").first.click()
+            page.get_by_label("改这句话").fill("再见")
+            page.keyboard.press("Enter")
+
+    fail_next_request(page)
+    go()
+    page.get_by_text("排满了：原来的都还在").wait_for()
+    assert texts(page) == before
+    pace["seconds"] = 5.0
+    go()
+    page.get_by_role("button", name="停止").wait_for()
+    page.reload()  # 正等着第一个字时关掉
+    assert texts(page) == before
+    go()
+    page.get_by_role("button", name="停止").click()
+    page.get_by_text("停下了：原来的都还在").wait_for()
+    assert texts(page) == before
+    page.problems.clear()
+    pace["seconds"] = 0
+    page.reload()
+    assert texts(page) == before
+    go()
+    wait_until_said(page)
+    assert texts(page) == [{"retry": "你好", "edit": "再见"}[how], REPLY]
+
+
+def test_two_tabs_do_not_disturb_each_other(page, url):
+    say(page, "你好")
+    wait_until_said(page)
+    other = page.context.new_page()
+    other.goto(url)
+    other.get_by_role("button", name="新聊天", exact=True).click()
+    say(other, "晚安")
+    wait_until_said(other)
+    say(page, "早上好")  # 这边还在原来的聊天里
+    wait_until_said(page)
+    assert texts(page) == ["你好", REPLY, "早上好", REPLY]
+    for tab, expected in ((page, ["你好", REPLY, "早上好", REPLY]), (other, ["晚安", REPLY])):
+        tab.reload()
+        assert texts(tab) == expected
+        assert tab.locator("#chats .name").all_text_contents() == ["晚安", "你好"]
+    other.locator("#chats .name", has_text="你好").click()
+    other.once("dialog", lambda dialog: dialog.accept("改了名"))
+    other.get_by_role("button", name="给“你好”改名").click()
+    wait_until(page, "document.getElementById('title').textContent === '改了名'")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="删除“改了名”").click()
+    wait_until(other, "document.querySelectorAll('#chats li').length === 1")
+    assert texts(other) == ["晚安", REPLY]
+
+
+def test_two_tabs_talking_in_one_chat_keep_both(page, url, pace):
+    say(page, "你好")
+    wait_until_said(page)
+    other = page.context.new_page()
+    other.goto(url)
+    pace["seconds"] = 0.2
+    say(page, "早上好")
+    wait_until(page, "document.querySelectorAll('.bubble')[3]?.textContent.length > 1")
+    say(other, "晚安")
+    for tab in (page, other):
+        wait_until_said(tab)
+    page.reload()
+    found = {}
+    for name in page.locator("#chats .name").all_text_contents():
+        page.locator("#chats .name").get_by_text(name, exact=True).click()
+        found[name] = texts(page)
+    said = [text for messages in found.values() for text in messages]
+    assert len(found) == 2
+    assert "早上好" in said
+    assert "晚安" in said
+
+
+def test_chats_of_the_earlier_version_are_moved(page):
+    old = {
+        "chats": [
+            {"id": "1-2", "name": "旧的", "messages": [{"role": "user", "text": "你好"}]},
+            {"id": "3-4", "name": "更旧的", "messages": []},
+        ],
+        "current": "1-2",
+        "theme": "dark",
+    }
+    page.evaluate("old => localStorage.setItem('chitchat.v1', old)", json.dumps(old))
+    page.reload()
+    assert page.locator("#chats .name").all_text_contents() == ["旧的", "更旧的"]
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    assert texts(page) == ["你好"]
+    assert page.evaluate("localStorage.getItem('chitchat.v1')") is None
+    page.evaluate("localStorage.setItem('chitchat.v1', '{')")
+    page.reload()
+    page.get_by_text("没有动它们").wait_for()
+    assert page.evaluate("localStorage.getItem('chitchat.v1')") == "{"
+
+
+def test_corpus_has_only_answered_turns_one_a_line(page, tmp_path: Path):
+    """没有答的、说了一半的、有换行和控制字符的：每行一句，一问一答不错位。"""
+    messages = [
+        ("user", "甲\n\n乙\u2028丙\x07丁"), ("assistant", "好\tの"), ("user", "没有人答"),
+        ("user", "再问"), ("assistant", "答"), ("user", "问三"), ("assistant", "说了一"),
+        ("user", "问四"), ("assistant", "答四"), ("user", "最后一句"),
+    ]  # fmt: skip
+    chat = [{"role": role, "text": text} for role, text in messages]
+    chat[6]["isStopped"] = True
+    (tmp_path / "in.json").write_text(json.dumps({"chats": [{"name": "x", "messages": chat}]}))
+    page.set_input_files("#import-file", tmp_path / "in.json")
+    page.get_by_text("导入了 1 个聊天").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="下载为语料").click()
+    download.value.save_as(tmp_path / "corpus.txt")
+    assert list(read_dialogues(tmp_path / "corpus.txt")) == [
+        ["甲 乙 丙 丁", "好 の"],
+        ["再问", "答"],
+        ["问四", "答四"],
+    ]
+
+
+def test_input_grows_with_the_text_and_shrinks_again(page):
+    box = page.get_by_label("要说的话")
+    heights = [box.bounding_box()["height"]]
+    for text in ("一\n二\n三\n四", "很长" * 200, ""):
+        box.fill(text)
+        heights.append(box.bounding_box()["height"])
+    assert heights[0] < heights[1] < heights[2]
+    assert heights[3] == heights[0]
+    box.fill("很长" * 200)
+    page.keyboard.press("Enter")
+    wait_until_said(page)
+    assert box.bounding_box()["height"] == heights[0]
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "sentence"),
+    [("钥匙（服务器用", "密钥", "钥匙里只能有"), ("随机种子", "1" * 16, "至多 15 位")],
+)
+def test_impossible_settings_are_explained(label, value, sentence, page):
+    page.get_by_role("button", name="设置").click()
+    page.get_by_label(label).fill(value)
+    page.keyboard.press("Escape")
+    page.get_by_text(sentence).wait_for()
+    say(page, "你好")
+    wait_until_said(page)
+    assert texts(page) == ["你好", REPLY]
+
+
+def test_full_storage_loses_nothing_on_the_page(page):
+    page.evaluate(
+        """() => { Storage.prototype.setItem = () => {
+          throw new DOMException("full", "QuotaExceededError"); }; }"""
+    )
+    say(page, "你好")
+    wait_until_said(page)
+    page.get_by_text("浏览器存不下了").wait_for()
     assert texts(page) == ["你好", REPLY]
 
 
