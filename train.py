@@ -45,7 +45,7 @@ from chitchat.training.options import add_options, check_options
 from chitchat.training.plan import Plan
 from chitchat.training.processes import Processes, choose_devices
 from chitchat.training.reporting import TrainingLog, save_loss_curve
-from chitchat.training.run import Run, log_overview
+from chitchat.training.run import Run, overview
 from chitchat.training.run_folder import make_room, occupy, remove_old_checkpoints
 from chitchat.training.splitting import MAX_PADDING
 from chitchat.training.state import STATE_NAME, Progress, find_state, fingerprint
@@ -293,7 +293,9 @@ def run_training(
     返回时模型和 DDP 都已释放：进程组要在它们之后才能拆掉。
     """
     run, loaders = prepare_run(args, devices, processes)
-    log_overview(run, loaders, devices)
+    run.overview = overview(run, loaders, devices)
+    for name, value in run.overview.items():
+        logger.info("%s=%s", name, value)
     if train(run, loaders, args):
         return run.folder, run.progress
     logger.warning("interrupted: step=%d, continue with --resume", run.progress.step)

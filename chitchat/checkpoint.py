@@ -184,13 +184,16 @@ def check_same_vocab(model_dir: str, tokenizer: Tokenizer, vocab_path: Path, rem
     )
 
 
-def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
+def save_checkpoint(
+    directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer, *, card: str = ""
+) -> None:
     """写一个完整的模型文件夹，transformers、vLLM 等可以直接读；整个出现或不出现。
 
     Args:
         directory: 目标文件夹，已存在时被整个替换。
         model: 未包装的模型。
         tokenizer: 训练所用的 tokenizer。
+        card: README.md 的内容，空的就不写。
     """
     from transformers import GenerationConfig
 
@@ -201,6 +204,7 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         max_new_tokens=25,
         suppress_tokens=unspeakable_ids(tokenizer),
     )
+    model.config.n_ctx = model.config.n_positions  # 旧的工具读这个名字
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial)
         for weights in partial.glob("*.safetensors"):  # safetensors 写的文件别的用户读不了
@@ -208,6 +212,8 @@ def save_checkpoint(directory: Path, model: GPT2LMHeadModel, tokenizer: Tokenize
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def _check_model_dir(directory: Path) -> None:

@@ -78,7 +78,9 @@ ARROWS = {
 }
 LAYER_OF_MODULE = {
     **dict.fromkeys(("errors", "cli", "files", "devices", "interrupts"), "ground"),
-    **dict.fromkeys(("architecture", "checkpoint", "chat_template", "hub", "weights"), "model"),
+    **dict.fromkeys(
+        ("architecture", "checkpoint", "chat_template", "hub", "model_card", "weights"), "model"
+    ),
 }
 
 

@@ -174,6 +174,19 @@ def test_epoch_line_states_the_validation_loss_of_its_checkpoint(run):
         assert float(row[4]) == pytest.approx(math.exp(loss), rel=1e-3)
 
 
+def test_each_checkpoint_says_what_it_is(run):
+    folder = run(eval_steps=2, lr=0.01)
+    for name, num_epochs in (("epoch1", 1), ("epoch2", 2)):
+        card = (folder / name / "README.md").read_text(encoding="utf-8")
+        rows = re.findall(r"\| (\d+) \| (\S+) \| (\S+) \| \S+ \|", card)
+        logged = [(m[1], m[2], m[4]) for m in EPOCH_LINE.finditer(read_log(folder))]
+        assert rows == logged[:num_epochs]
+        assert "| peak_learning_rate | 0.01 |" in card
+        assert "| train_dialogues | 20 |" in card
+    config = json.loads((folder / "epoch1" / "config.json").read_text(encoding="utf-8"))
+    assert config["n_ctx"] == config["n_positions"]
+
+
 def test_tensorboard_gets_the_values_of_the_epoch_line(run):
     folder = run(log_step=1)
     events = EventAccumulator(str(folder / "runs"))

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from chitchat.checkpoint import save_checkpoint
 from chitchat.files import atomic_file
+from chitchat.model_card import describe_model
 from chitchat.training.plan import Plan
 from chitchat.training.processes import Processes
 from chitchat.training.state import STATE_NAME, Progress
@@ -34,6 +35,7 @@ class Run:
         updater: 做一次参数更新。
         identity: 续训时不能变的选项和指纹，随状态存下。
         progress: 走到了哪里。
+        overview: 设定和语料的数目，见 overview。
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Run:
     updater: Updater
     identity: dict
     progress: Progress = field(default_factory=Progress)
+    overview: dict[str, object] = field(default_factory=dict)
 
     @property
     def processes(self) -> Processes:
@@ -51,8 +54,13 @@ class Run:
 
     def save_checkpoint(self, name: str) -> None:
         """以文件夹名存下现在的模型；只有主进程写。"""
-        if self.processes.is_main:
-            save_checkpoint(self.folder / name, self.model, self.tokenizer)
+        if not self.processes.is_main:
+            return
+        progress = self.progress
+        card = describe_model(
+            self.model.config.to_dict(), self.overview, progress.train_losses, progress.val_losses
+        )
+        save_checkpoint(self.folder / name, self.model, self.tokenizer, card=card)
 
     def save_state(self) -> None:
         """存下训练状态，整个出现或不出现；所有进程都要调用，由主进程写。"""
@@ -89,12 +97,12 @@ class Run:
         logger.info("resume: epoch=%d step=%d", self.progress.epoch + 1, self.progress.step)
 
 
-def log_overview(
+def overview(
     run: Run, loaders: tuple[DataLoader, DataLoader], devices: Sequence[torch.device]
-) -> None:
-    """开始时的一张表：每行一项。"""
+) -> dict[str, object]:
+    """这次训练的设定和语料的数目，开始时写进日志，也写进各个检查点的 README.md。"""
     train_loader, val_loader = loaders
-    rows = {
+    return {
         "num_params": run.model.num_parameters(),
         "train_dialogues": len(train_loader.dataset.indices),
         "val_dialogues": len(val_loader.dataset.indices),
@@ -108,8 +116,6 @@ def log_overview(
         "devices": ",".join(map(str, devices)),
         "processes": run.processes.world_size,
     }
-    for name, value in rows.items():
-        logger.info("%s=%s", name, value)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor | None]:
