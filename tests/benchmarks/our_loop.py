@@ -15,22 +15,23 @@ from chitchat.training.splitting import MAX_PADDING, split_rows
 from chitchat.training.updater import Updater
 
 
-def build_model(config_path, device, **fields):
-    """随机初始化的模型，每次相同；fields 改换结构。"""
-    torch.manual_seed(0)
+def build_model(config_path, device, *, seed=0, **fields):
+    """随机初始化的模型，同一个 seed 每次相同；fields 改换结构。"""
+    torch.manual_seed(seed)
     config = json.loads(config_path.read_text(encoding="utf-8")) | fields
     return GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
 
 
-def load_batches(table, *, train_window, val_window, val_num):
-    """训练集和验证集的 DataLoader。"""
+def load_batches(table, *, train_window, val_window, val_num, train_tokens=0, seed=0):
+    """训练集和验证集的 DataLoader；seed 也决定留出哪些。"""
     return build_loaders(
         table,
         val_num=val_num,
         train_window=train_window,
+        train_tokens=train_tokens,
         val_window=val_window,
         num_workers=0,
-        seed=0,
+        seed=seed,
         processes=Processes(),
         max_len=150,
         pad_id=0,

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,7 @@ import trainer_loop  # noqa: E402
 from chitchat.checkpoint import load_model  # noqa: E402
 from chitchat.cli import quiet_transformers  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
+from chitchat.training.batching import LengthBucketSampler, Window  # noqa: E402
 from chitchat.training.loss import LossModule  # noqa: E402
 from chitchat.training.meters import evaluate  # noqa: E402
 from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
@@ -59,6 +61,26 @@ def train_trainer(model, loaders, args, device, *, lr):
         lr_factor=lr_share,
     )
     return num_tokens / elapsed, num_steps
+
+
+def sort_in_pools(sampler, pool_size, window_size):
+    """改成只在随机的一池之内按长度排好、切成窗口；池与池、窗口与窗口的次序都打乱。"""
+
+    def windows():
+        generator = np.random.default_rng((sampler.seed, sampler.epoch))
+        order = generator.permutation(len(sampler.lengths))
+        found = []
+        for start in range(0, len(order), pool_size):
+            pool = order[start : start + pool_size]
+            pool = pool[np.argsort(sampler.lengths[pool], kind="stable")]
+            found += [pool[i : i + window_size] for i in range(0, len(pool), window_size)]
+        for i in generator.permutation(len(found)):
+            yield Window(found[i].tolist(), int(sampler.num_targets[found[i]].sum()))
+
+    type(sampler).__iter__ = lambda self: windows() if self is sampler else original(self)
+
+
+original = LengthBucketSampler.__iter__
 
 
 def lr_share(share):
@@ -107,11 +129,23 @@ def main():
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--recipes", default=DEFAULT_RECIPES)
     parser.add_argument("--batch_size", type=int, default=16, help="一次更新的对话数")
+    parser.add_argument("--batch_tokens", type=int, default=0, help="一次更新的 token 数，代替前者")
+    parser.add_argument("--pool_windows", type=int, default=0, help="只在这么多窗口之内按长度排")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = load_token_table(args.train_path, 13317)
-    loaders = our_loop.load_batches(table, train_window=args.batch_size, val_window=64, val_num=200)
+    loaders = our_loop.load_batches(
+        table,
+        train_window=args.batch_size,
+        train_tokens=args.batch_tokens,
+        val_window=64,
+        val_num=200,
+        seed=args.seed,
+    )
+    if args.pool_windows:
+        sort_in_pools(loaders[0].sampler, args.pool_windows * args.batch_size, args.batch_size)
     size = {name: getattr(args, name) for name in ("n_layer", "n_embd", "n_head")}
     print(f"{'recipe':14} updates  tokens/s  val_loss   ({args.seconds:g} s each)")
     for recipe in args.recipes.split(","):
@@ -119,7 +153,7 @@ def main():
         if args.pretrained_model:
             model = load_model(args.pretrained_model).to(device)
         else:
-            model = our_loop.build_model(args.model_config, device, **size)
+            model = our_loop.build_model(args.model_config, device, seed=args.seed, **size)
         if name == "reference":
             speed, steps = train_reference(model, loaders, args, device)
         elif name == "trainer":
