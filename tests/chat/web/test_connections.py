@@ -199,6 +199,18 @@ def test_garbage_leaves_one_line_and_no_traceback(server, dial, lines):
     assert len(lines()) < 30
 
 
+def test_the_next_request_on_a_connection_does_not_wait_for_the_40_ms_of_nagle(server):
+    body, headers = json.dumps({**HELLO, "max_tokens": 1}), {"Content-Type": "application/json"}
+    waits = []
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(20):
+            start = time.perf_counter()
+            connection.request("POST", PATH, body.encode(), headers)
+            assert connection.getresponse().read()
+            waits.append(time.perf_counter() - start)
+    assert sorted(waits)[10] < 0.03
+
+
 def test_a_full_table_of_files_is_one_line_of_the_log(lines):
     tell = connections.LoopErrors()
     error = OSError(24, "Too many open files")
