@@ -14,7 +14,8 @@ from chitchat.errors import UserError
 SPEAKERS = ("user", "assistant")
 LEFT_OUT = ("system", "developer")
 MAX_STOPS = 4
-MAX_MESSAGES = 2048  # 与 OpenAI 相同
+MAX_MESSAGES = 2048  # 与 OpenAI 相同；一条消息的段数也是
+MAX_FIELDS = 1000  # 十万个没有用的字段，光是排序就要让别人等
 OWN_FIELDS = ("model", "messages", "stream", "stream_options", "n", "stop", "seed")
 LENGTH_FIELDS = ("max_completion_tokens", "max_tokens", "max_len")
 # 给出这些值等于没有给；别的值做不到，要说清楚。
@@ -103,6 +104,8 @@ def _parse_json(body: bytes) -> Mapping[str, object]:
         raise invalid(None, f"请求体不是 JSON（{str(error)[:MAX_SHOWN]}）") from None
     if not isinstance(fields, dict):
         raise invalid(None, f"请求体应为 JSON 对象，得到 {shown(fields)}")
+    if len(fields) > MAX_FIELDS:
+        raise invalid(None, f"最多 {MAX_FIELDS} 个字段，得到 {len(fields)} 个")
     return fields
 
 
@@ -138,6 +141,8 @@ def _read_content(content: object, where: str, role: str) -> str:
     if content is None and role == "assistant":
         return ""
     if isinstance(content, list):
+        if len(content) > MAX_MESSAGES:
+            raise invalid(where, f"最多 {MAX_MESSAGES} 段，得到 {len(content)} 段")
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else part
             if kind != "text":

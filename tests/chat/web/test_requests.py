@@ -9,6 +9,7 @@ from chitchat.chat.web.errors import ApiError
 from chitchat.chat.web.requests import parse_chat_request
 
 HELLO = [{"role": "user", "content": "你好"}]
+PART = {"type": "text", "text": "你"}
 SYSTEM = {"role": "system", "content": "你是猫"}
 
 
@@ -61,6 +62,8 @@ MALFORMED = [
     ({"messages": [SYSTEM, {"role": "user", "content": ""}]}, 400, "messages", "空的"),
     ({"messages": [*HELLO, {"role": "user", "content": ""}, SYSTEM]}, 400, "messages", "空的"),
     ({"messages": HELLO * 2049}, 400, "messages", "2048"),
+    ({"messages": [{"role": "user", "content": [PART] * 2049}]}, 400, "messages[0].content", "段"),
+    ({f"a{i}": 1 for i in range(1001)}, 400, None, "字段"),
     ({"model": "gpt-4o"}, 404, "model", "base"),
     ({"model": 3}, 400, "model", "3"),
     ({"temperature": -1}, 400, "temperature", "大于 0"),
