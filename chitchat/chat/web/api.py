@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 MAX_CHOICES = 8
 BODY_SECONDS = 30  # 请求体最多等多久
 SMALL_BODY = 50_000  # 字节；更大的请求体在别的线程里读，不让事件循环等它
+LARGE_BODY_RATE = 5_000_000  # 大的请求体每秒最多读多少字节：json 解析时，别的线程一步也走不了
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Service:
             wanted, choices = self._open(body)
         else:
             loop = asyncio.get_running_loop()
-            wanted, choices = await loop.run_in_executor(self._reader, self._open, body)
+            wanted, choices = await loop.run_in_executor(self._reader, self._open_slowly, body)
         self._tell_ignored(wanted)
         for choice in choices:
             choice.ticket.open()
@@ -144,6 +145,10 @@ class Service:
         with _full_queue_is_503():  # 读请求体、等前面的人的时候，可能满了
             self.scheduler.check_room(1, self.bot.num_candidates)
         return wanted, open_choices(self.bot, wanted, self.rng)
+
+    def _open_slowly(self, body: bytes) -> tuple[ChatRequest, list[Choice]]:
+        time.sleep(len(body) / LARGE_BODY_RATE)
+        return self._open(body)
 
     def _tell_ignored(self, wanted: ChatRequest) -> None:
         """没有作用的字段，每种在日志里说一次。"""
