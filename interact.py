@@ -38,6 +38,7 @@ from chitchat.checkpoint import (
 from chitchat.cli import CliParser, bounded, configure_logging, run_cli
 from chitchat.devices import select_devices
 from chitchat.errors import UserError
+from chitchat.interrupts import exits_on_signal
 from chitchat.tokens.tokenizer import vocab_fingerprint
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ def read_input(path: Path) -> Iterator[list[str]]:
         ) from error
 
 
+@exits_on_signal()
 def serve(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions) -> None:
     """开服务器，直到 Ctrl+C 或 SIGTERM。"""
     from chitchat.chat.web.api import Service

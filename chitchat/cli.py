@@ -85,7 +85,7 @@ def bounded(
             and abs(value) != float("inf")
         )
         if not is_valid:
-            raise argparse.ArgumentTypeError(f"应为{wanted}，得到 {text!r}")
+            raise argparse.ArgumentTypeError(f"应为{wanted}，得到 {text[:80]!r}")
         return value
 
     return parse

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Tokenizer
 
 from chitchat.chat.candidates import Candidate, Ranker
-from chitchat.chat.context import TextStream, build_context
+from chitchat.chat.context import TextStream, build_context, encode_recent
 from chitchat.chat.engine import Engine
 from chitchat.chat.generation import Generator, Row
 from chitchat.chat.options import SamplingOptions, check_max_len
@@ -61,6 +61,13 @@ class Chatbot:
             max_history_len=options.max_history_len,
             max_tokens=self.max_positions - options.max_len,
         )
+
+    def encode_history(
+        self, utterances: Sequence[str], options: SamplingOptions
+    ) -> list[list[int]]:
+        """把最近的几句变成 token，只编码上下文放得下的。"""
+        recent = utterances[-options.max_history_len :]
+        return encode_recent(self.tokenizer, recent, self.max_positions - options.max_len)
 
     def reply(
         self, history: Sequence[Sequence[int]], options: SamplingOptions, rng: random.Random

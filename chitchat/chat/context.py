@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from chitchat.tokens.tokenizer import SpecialIds, decode_response
+from chitchat.tokens.tokenizer import SpecialIds, decode_response, encode_utterances
+
+CHARS_PER_TOKEN = 8  # 一个 token 平均不会比这更长：英文连空格五六个字，汉字一个
 
 
 def build_context(
@@ -42,6 +44,29 @@ def build_context(
     for utterance in utterances:
         context += [*utterance, ids.sep]
     return context, is_truncated
+
+
+def encode_recent(
+    tokenizer: Tokenizer, utterances: Sequence[str], max_tokens: int
+) -> list[list[int]]:
+    """编码最近的几句，够 max_tokens 个 token 就不再往前；很长的句子只编码它的末尾。
+
+    上下文与全部编码的相同，只有平均一个 token 超过 CHARS_PER_TOKEN 个字（例如大片空白）时会短些：
+    几兆字节的话因此也只花几十毫秒。
+
+    Args:
+        tokenizer: 分词器。
+        utterances: 各句，最新的在最后。
+        max_tokens: 上下文最多的 token 数。
+    """
+    encoded: list[list[int]] = []
+    room = max_tokens
+    for text in reversed(utterances):
+        if room <= 0:
+            break
+        encoded += encode_utterances(tokenizer, [text[-CHARS_PER_TOKEN * max_tokens :]])
+        room -= len(encoded[-1]) + 1
+    return encoded[::-1]
 
 
 class TextStream:

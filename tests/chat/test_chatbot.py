@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from chitchat.chat.chatbot import Chatbot
-from chitchat.chat.context import TextStream, build_context
+from chitchat.chat.context import TextStream, build_context, encode_recent
 from chitchat.chat.engine import Engine
 from chitchat.chat.generation import MAX_ROWS, Row
 from chitchat.chat.options import SamplingOptions
@@ -200,6 +200,39 @@ def test_the_max_len_must_fit_both_models(make_bot, make_model):
     assert list(bot.reply([[110, 111]], options, random.Random(0)))
     with pytest.raises(UserError, match=r"38.*40.*37"):
         bot.check_options(SamplingOptions(max_len=38))
+
+
+TEXTS = [
+    "你好",
+    "hello world, 小柚！ " * 40,
+    "你" * 1000,
+    "a1b2 c3 " * 300,
+    "",
+    "😂早 " * 90,
+    "晚安",
+]
+
+
+@pytest.mark.parametrize("max_tokens", [3, 10, 44, 500])
+def test_encoding_only_the_end_of_the_history_gives_the_same_context(max_tokens, tokenizer):
+    for num_left_out in range(len(TEXTS)):
+        history = TEXTS[: len(TEXTS) - num_left_out]
+        limits = {"ids": IDS, "max_history_len": 9, "max_tokens": max_tokens}
+        whole, _ = build_context(encode_utterances(tokenizer, history), **limits)
+        recent, _ = build_context(encode_recent(tokenizer, history, max_tokens), **limits)
+        assert recent == whole
+
+
+def test_a_huge_message_is_not_encoded_as_a_whole(tokenizer, monkeypatch):
+    sizes = []
+
+    def counted(tokenizer, texts):
+        sizes.extend(map(len, texts))
+        return encode_utterances(tokenizer, texts)
+
+    monkeypatch.setattr("chitchat.chat.context.encode_utterances", counted)
+    encode_recent(tokenizer, ["你好"] * 30_000 + ["你" * 1_000_000, "早"], 100)
+    assert sum(sizes) < 1000
 
 
 def test_context_of_a_long_history_takes_no_longer():

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from chitchat.chat.options import KNOBS, SamplingOptions
 from chitchat.chat.web.answer import Answer
 from chitchat.chat.web.chat_log import ChatLog
-from chitchat.chat.web.choices import open_choices
-from chitchat.chat.web.errors import ApiError
+from chitchat.chat.web.choices import Choice, open_choices
+from chitchat.chat.web.errors import ApiError, shown
 from chitchat.chat.web.gate import (
+    CLIENT_CLOSED,
     App,
     Gate,
     RequestLog,
+    busy,
     error_response,
     read_body,
 )
@@ -40,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 8
 BODY_SECONDS = 30  # 请求体最多等多久
-RETRY_SECONDS = 2
+SMALL_BODY = 50_000  # 字节；更大的请求体在别的线程里读，不让事件循环等它
+LARGE_BODY_RATE = 5_000_000  # 大的请求体每秒最多读多少字节：json 解析时，别的线程一步也走不了
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Service:
         self.created = int(time.time())
         self.max_choices = min(MAX_CHOICES, self.scheduler.max_rows // self.bot.num_candidates)
         self._told: set[str] = set()
+        self._reader = ThreadPoolExecutor(1, "reading")  # 只有一个：来得再多也只占一个核
 
     async def health(self, request: Request) -> Response:
         """还在、正在生成几句、排队几句。"""
@@ -82,7 +89,7 @@ class Service:
         """一个模型。"""
         name = request.path_params["name"]
         if name != self.model_id:
-            message = f"没有模型 {name[:60]!r}：这里只有 {self.model_id!r}"
+            message = f"没有模型 {shown(name)}：这里只有 {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return JSONResponse(model_card(self.model_id, self.created))
 
@@ -105,24 +112,22 @@ class Service:
 
     async def complete(self, request: Request) -> Response:
         """回答一次。"""
+        with _full_queue_is_503():  # 满了就不必读请求体
+            self.scheduler.check_room(1, self.bot.num_candidates)
         try:
             body = await asyncio.wait_for(read_body(request), BODY_SECONDS)
         except asyncio.TimeoutError:
             raise ApiError(408, f"请求体 {BODY_SECONDS} 秒还没有来完", code="timeout") from None
-        wanted = parse_chat_request(
-            body, self.options, model_id=self.model_id, max_choices=self.max_choices
-        )
+        if len(body) <= SMALL_BODY:
+            wanted, choices = self._open(body)
+        else:
+            loop = asyncio.get_running_loop()
+            wanted, choices = await loop.run_in_executor(self._reader, self._open_slowly, body)
         self._tell_ignored(wanted)
-        # 一兆字节的话要切分大半秒，不能让别人等
-        choices = await asyncio.to_thread(open_choices, self.bot, wanted, self.rng)
         for choice in choices:
             choice.ticket.open()
-        try:
+        with _full_queue_is_503():
             self.scheduler.submit([choice.ticket for choice in choices])
-        except QueueFullError:
-            headers = {"Retry-After": str(RETRY_SECONDS)}
-            message = "排队的人太多，请稍后再试"
-            raise ApiError(503, message, code="queue_full", headers=headers) from None
         answer = Answer(
             wanted,
             choices,
@@ -132,6 +137,19 @@ class Service:
         )
         return answer if wanted.is_stream else await answer.whole(request)
 
+    def _open(self, body: bytes) -> tuple[ChatRequest, list[Choice]]:
+        """由请求体得到要做的事和还没有排队的各个回复。"""
+        wanted = parse_chat_request(
+            body, self.options, model_id=self.model_id, max_choices=self.max_choices
+        )
+        with _full_queue_is_503():  # 读请求体、等前面的人的时候，可能满了
+            self.scheduler.check_room(1, self.bot.num_candidates)
+        return wanted, open_choices(self.bot, wanted, self.rng)
+
+    def _open_slowly(self, body: bytes) -> tuple[ChatRequest, list[Choice]]:
+        time.sleep(len(body) / LARGE_BODY_RATE)
+        return self._open(body)
+
     def _tell_ignored(self, wanted: ChatRequest) -> None:
         """没有作用的字段，每种在日志里说一次。"""
         for name in (name for name in wanted.ignored if name not in self._told):
@@ -140,20 +158,31 @@ class Service:
                 logger.info("ignored=%s", ascii(name)[1:-1][:60])
 
 
+@contextlib.contextmanager
+def _full_queue_is_503() -> Iterator[None]:
+    try:
+        yield
+    except QueueFullError:
+        raise busy("排队的人太多，请稍后再试", "queue_full") from None
+
+
+async def _on_gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=CLIENT_CLOSED)  # 没有人收；日志里是 499
+
+
 async def _on_api_error(request: Request, error: ApiError) -> Response:
     return error_response(error)
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
     """没有这个地址，或方法不对。"""
-    path = request.scope["path"][:200]
-    told = {404: f"没有 {path} 这个地址", 405: f"{path} 不能用 {request.method}"}
+    path = shown(request.scope["path"])
+    told = {404: f"没有 {path} 这个地址", 405: f"{path} 不能用 {shown(request.method)}"}
     message = told.get(error.status_code, error.detail)
     return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:
-    logger.error("request failed", exc_info=error)
     return error_response(ApiError(500, "服务器出了错，请看它的日志", code="internal_error"))
 
 
@@ -169,7 +198,12 @@ def build_app(
         Route("/v1/knobs", service.list_knobs, methods=["GET"]),
         Route("/v1/chat/completions", service.complete, methods=["POST"]),
     ]
-    handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_crash}
+    handlers = {
+        ApiError: _on_api_error,
+        ClientDisconnect: _on_gone,
+        HTTPException: _on_http_error,
+        Exception: _on_crash,
+    }
     app: App = Starlette(routes=routes, exception_handlers=handlers)
     app = Gate(app, hosts=hosts, api_key=api_key, cors=cors)
     if cors is not None:
@@ -177,6 +211,6 @@ def build_app(
             app,
             allow_origins=[cors],
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # openai 的 JS 客户端带着十来个 x-stainless-*
         )
     return RequestLog(app)

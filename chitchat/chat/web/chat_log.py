@@ -29,6 +29,7 @@ class ChatLog:
         lines = [f"{who}:{line}\n" for who, text in pairs for line in split_lines(text) or [""]]
         path = self._directory / f"{now:%Y-%m-%d}.txt"
         try:
+            path.touch(0o600)  # 别人说的话，只有自己读得到
             with path.open("ab", buffering=0) as file:
                 file.write("".join([f"聊天记录{now}:\n", *lines]).encode())
         except OSError as error:

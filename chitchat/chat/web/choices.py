@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from chitchat.chat.context import TextStream
 from chitchat.chat.web.requests import ChatRequest
 from chitchat.chat.web.scheduler import Ticket
-from chitchat.tokens.tokenizer import decode_response, encode_utterances
+from chitchat.tokens.tokenizer import decode_response
 
 if TYPE_CHECKING:
     from chitchat.chat.chatbot import Chatbot
@@ -111,7 +111,7 @@ def open_choices(bot: Chatbot, request: ChatRequest, rng: random.Random) -> list
         request: 请求。
         rng: 请求没有指定种子时，由它给出。
     """
-    history = encode_utterances(bot.tokenizer, request.history[-request.options.max_history_len :])
+    history = bot.encode_history(request.history, request.options)
     context, _ = bot.build_context(history, request.options)
     seed = rng.getrandbits(32) if request.seed is None else request.seed
     choices = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from chitchat.chat.web.errors import ApiError
+from chitchat.chat.web.errors import ApiError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,18 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_BODY = 1_000_000  # 字节
 MAX_DRAINED = 8 * MAX_BODY  # 太大的请求体，读到这么多还没有完就关掉连接
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+RETRY_SECONDS = 2
 CLIENT_CLOSED = 499  # 对方没等完就走了；日志里的写法与 nginx 相同
+
+
+def is_loopback(host: str) -> bool:
+    """是不是本机的名字或地址：只有本机连得上。"""
+    return host.lower() in LOOPBACK or re.fullmatch(r"127(\.\d{1,3}){1,3}", host) is not None
+
+
+def busy(message: str, code: str) -> ApiError:
+    """忙不过来，状态 503，过一会儿再来。"""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -39,27 +51,40 @@ class RequestLog:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """转交里层，看着它的状态。"""
+        """转交里层，看着它的状态；对方没等到最后就走了，就是 499。"""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status, notes = time.perf_counter(), [CLIENT_CLOSED], {}
+        start, status, notes = time.perf_counter(), 500, {}
+        is_gone = is_complete = False
         scope["notes"] = notes
 
+        async def listen() -> MutableMapping[str, object]:
+            nonlocal is_gone
+            message = await receive()
+            is_gone |= message["type"] == "http.disconnect" and not is_complete
+            return message
+
         async def watch(message: MutableMapping[str, object]) -> None:
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
-                status[0] = message["status"]
+                status = message["status"]
+            elif not message.get("more_body"):
+                is_complete = True
             await send(message)
 
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, listen, watch)
+        except Exception:
+            logger.exception("request failed")
         finally:
             client = (scope.get("client") or ("-",))[0]
             extra = "".join(f" {name}={value}" for name, value in notes.items())
             path = str(scope["path"]).encode("unicode_escape").decode()[:200].replace(" ", "%20")
             logger.info(
                 "client=%s method=%s path=%s status=%d seconds=%.3f%s",
-                client, scope["method"], path, status[0], time.perf_counter() - start, extra,
+                client, scope["method"], path, CLIENT_CLOSED if is_gone else status,
+                time.perf_counter() - start, extra,
             )  # fmt: skip
 
 
@@ -86,6 +111,8 @@ class Gate:
         """检查过了才转交里层。"""
         if scope["type"] == "http":
             try:
+                if scope.get("state", {}).get("is_refused"):  # 由 Connection 写上
+                    raise busy("连接太多，请稍后再试", "too_many_connections")
                 self._check(Request(scope))
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
@@ -95,8 +122,10 @@ class Gate:
     def _check(self, request: Request) -> None:
         headers = request.headers
         host = _host_of(headers.get("host", ""))
-        if self._hosts is not None and host not in self._hosts:
-            message = f"Host 是 {host or '空的'!r}：这里只接受 {'、'.join(sorted(self._hosts))}"
+        if self._hosts is not None and host not in self._hosts and not is_loopback(host):
+            message = (
+                f"Host 是 {shown(host or '空的')}：这里只接受 {'、'.join(sorted(self._hosts))}"
+            )
             raise ApiError(421, message, code="wrong_host")
         self._check_origin(headers)
         # 不用 request.url：旧的 starlette 由 Host 拼出它，写坏的 Host 会让路径变空。
@@ -116,8 +145,7 @@ class Gate:
         if origin is None or self._cors in ("*", origin):
             return
         if _netloc_of(origin) != headers.get("host"):
-            shown = origin[:200]
-            message = f"别处的网页 {shown} 不能用这个服务器：要让它用，启动时加 --cors {shown}"
+            message = f"别处的网页不能用这个服务器：要让它用，启动时加 --cors {shown(origin)}"
             raise ApiError(403, message, code="wrong_origin")
 
 
@@ -147,7 +175,7 @@ async def read_body(request: Request) -> bytes:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        message = f"Content-Type 应为 application/json，得到 {kind[:60] or '空的'!r}"
+        message = f"Content-Type 应为 application/json，得到 {shown(kind or '空的')}"
         raise ApiError(415, message, code="unsupported_media_type")
     body, num_bytes = b"", 0
     async for part in request.stream():

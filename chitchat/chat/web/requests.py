@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chitchat.chat.options import KNOBS, SamplingOptions
-from chitchat.chat.web.errors import ApiError, invalid
+from chitchat.chat.web.errors import MAX_SHOWN, ApiError, invalid, shown
 from chitchat.errors import UserError
 
 SPEAKERS = ("user", "assistant")
 LEFT_OUT = ("system", "developer")
 MAX_STOPS = 4
+MAX_MESSAGES = 2048  # 与 OpenAI 相同；一条消息的段数也是
+MAX_FIELDS = 1000  # 十万个没有用的字段，光是排序就要让别人等
 OWN_FIELDS = ("model", "messages", "stream", "stream_options", "n", "stop", "seed")
 LENGTH_FIELDS = ("max_completion_tokens", "max_tokens", "max_len")
 # 给出这些值等于没有给；别的值做不到，要说清楚。
@@ -70,9 +72,9 @@ def parse_chat_request(
     fields = _parse_json(body)
     model = fields.get("model")
     if model is not None and not isinstance(model, str):
-        raise invalid("model", f"应为文字，得到 {_shown(model)}")
+        raise invalid("model", f"应为文字，得到 {shown(model)}")
     if model not in (None, "", model_id):
-        message = f"没有模型 {_shown(model)}：这里只有 {model_id!r}"
+        message = f"没有模型 {shown(model)}：这里只有 {model_id!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     for name, allowed in UNSUPPORTED.items():
         if fields.get(name) is not None and fields[name] not in allowed:
@@ -80,7 +82,7 @@ def parse_chat_request(
     history, left_out = _read_messages(fields.get("messages"))
     stream_options = fields.get("stream_options")
     if not isinstance(stream_options, Mapping | None):
-        raise invalid("stream_options", f"应为对象，得到 {_shown(stream_options)}")
+        raise invalid("stream_options", f"应为对象，得到 {shown(stream_options)}")
     given = {name for name, value in fields.items() if value is not None}
     known = {*OWN_FIELDS, *LENGTH_FIELDS, *UNSUPPORTED, *(k.field for k in KNOBS.values())}
     return ChatRequest(
@@ -99,31 +101,37 @@ def _parse_json(body: bytes) -> Mapping[str, object]:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise invalid(None, f"请求体不是 JSON（{error}）") from None
+        raise invalid(None, f"请求体不是 JSON（{str(error)[:MAX_SHOWN]}）") from None
     if not isinstance(fields, dict):
-        raise invalid(None, f"请求体应为 JSON 对象，得到 {_shown(fields)}")
+        raise invalid(None, f"请求体应为 JSON 对象，得到 {shown(fields)}")
+    if len(fields) > MAX_FIELDS:
+        raise invalid(None, f"最多 {MAX_FIELDS} 个字段，得到 {len(fields)} 个")
     return fields
 
 
 def _read_messages(messages: object) -> tuple[tuple[str, ...], list[str]]:
     """各句，以及略去的消息的种类。"""
     if not isinstance(messages, list) or not messages:
-        raise invalid("messages", f"应为至少一条消息的列表，得到 {_shown(messages)}")
-    history, left_out = [], []
+        raise invalid("messages", f"应为至少一条消息的列表，得到 {shown(messages)}")
+    if len(messages) > MAX_MESSAGES:
+        raise invalid("messages", f"最多 {MAX_MESSAGES} 条，得到 {len(messages)} 条")
+    history, left_out, last = [], [], ""
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
-            raise invalid(where, f"应为对象，得到 {_shown(message)}")
+            raise invalid(where, f"应为对象，得到 {shown(message)}")
         role = message.get("role")
         if role not in (*SPEAKERS, *LEFT_OUT):
             known = "、".join((*SPEAKERS, *LEFT_OUT))
-            raise invalid(f"{where}.role", f"应为 {known} 之一，得到 {_shown(role)}")
+            raise invalid(f"{where}.role", f"应为 {known} 之一，得到 {shown(role)}")
         text = _read_content(message.get("content"), f"{where}.content", role)
         if role in LEFT_OUT:
             left_out = ["system"]
-        elif text:
+            continue
+        last = text
+        if text:
             history.append(text)
-    if not history or (messages[-1]["role"] in SPEAKERS and not text):
+    if not last:
         raise invalid("messages", "最后一句是空的，没有可以回答的话")
     return tuple(history), left_out
 
@@ -133,26 +141,34 @@ def _read_content(content: object, where: str, role: str) -> str:
     if content is None and role == "assistant":
         return ""
     if isinstance(content, list):
+        if len(content) > MAX_MESSAGES:
+            raise invalid(where, f"最多 {MAX_MESSAGES} 段，得到 {len(content)} 段")
         for i, part in enumerate(content):
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise invalid(f"{where}[{i}]", f"只支持文字，得到 {_shown(part)}")
+            kind = part.get("type") if isinstance(part, dict) else part
+            if kind != "text":
+                raise invalid(f"{where}[{i}]", f'只支持文字（"type": "text"），得到 {shown(kind)}')
+            if not isinstance(part.get("text"), str):
+                raise invalid(f"{where}[{i}].text", f"应为文字，得到 {shown(part.get('text'))}")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise invalid(where, f"应为文字，得到 {_shown(content)}")
+        raise invalid(where, f"应为文字，得到 {shown(content)}")
     # JSON 里可以写出半个 emoji，它不是文字
     return content.encode("utf-8", "replace").decode().strip()
 
 
 def _read_options(fields: Mapping[str, object], defaults: SamplingOptions) -> SamplingOptions:
-    """请求里的旋钮；温度为 0 是总取最可能的，max_tokens 是回复的长度。"""
+    """请求里的旋钮；说了温度就照它：0 是总取最可能的，大于 0 就采样；max_tokens 是回复的长度。"""
     changes: dict[str, object] = {}
     for knob in KNOBS.values():
         value = fields.get(knob.field)
         if value is None or knob.field == "max_len":
             continue
-        if knob.field == "temperature" and value == 0 and not isinstance(value, bool):
-            changes["greedy"] = True
-            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise invalid(knob.field, f"应为数，得到 {shown(value)}")
+        if knob.field == "temperature":
+            changes["greedy"] = value == 0
+            if value == 0:
+                continue
         try:
             changes[knob.field] = knob.read(value)
         except UserError as error:
@@ -167,7 +183,7 @@ def _read_options(fields: Mapping[str, object], defaults: SamplingOptions) -> Sa
 def _read_stops(stop: object) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise invalid("stop", f"应为不空的文字，或它们的列表，得到 {_shown(stop)}")
+        raise invalid("stop", f"应为不空的文字，或它们的列表，得到 {shown(stop)}")
     if len(stops) > MAX_STOPS:
         raise invalid("stop", f"最多 {MAX_STOPS} 个，得到 {len(stops)} 个")
     return tuple(stops)
@@ -187,18 +203,12 @@ def _read_int(
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     is_within = is_whole and (minimum is None or value >= minimum)
     if not is_within or (maximum is not None and value > maximum):
-        raise invalid(name, f"应为整数{''.join(f'，{x}' for x in limits)}，得到 {_shown(value)}")
+        raise invalid(name, f"应为整数{''.join(f'，{x}' for x in limits)}，得到 {shown(value)}")
     return value
 
 
 def _read_bool(fields: Mapping[str, object], name: str) -> bool:
     value = fields.get(name)
     if not isinstance(value, bool | None):
-        raise invalid(name, f"应为 true 或 false，得到 {_shown(value)}")
+        raise invalid(name, f"应为 true 或 false，得到 {shown(value)}")
     return bool(value)
-
-
-def _shown(value: object) -> str:
-    """错误里显示的值，太长的截去。"""
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 60 else f"{text[:57]}..."

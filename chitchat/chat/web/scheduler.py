@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import threading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # 排队的最多几句，再来的请它稍后再试
+MAX_PREFILL = 256  # 每一步最多送入几个新来的 token（至少一句）：已经在说的不能停太久
 
 
 class QueueFullError(Exception):
@@ -123,6 +125,19 @@ class Scheduler:
         if self._thread.is_alive():
             self._thread.join()
 
+    def check_room(self, num_tickets: int, num_rows: int) -> None:
+        """看还收不收得下这么多句、一共这么多行。
+
+        Raises:
+            QueueFullError: 排队的太多。
+        """
+        with self._changed:
+            kept = [ticket for ticket in self._waiting if not ticket.is_cancelled]
+            num_rows += sum(len(t.rows) for t in (*self._running, *kept))
+            is_idle = num_rows <= self.max_rows  # 都放得进批里，不算排队
+            if not is_idle and len(kept) + num_tickets > self._max_waiting:
+                raise QueueFullError
+
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """排队；要么都收下，要么都不收。
 
@@ -130,11 +145,7 @@ class Scheduler:
             QueueFullError: 排队的太多。
         """
         with self._changed:
-            kept = [ticket for ticket in self._waiting if not ticket.is_cancelled]
-            num_rows = sum(len(t.rows) for t in (*self._running, *kept, *tickets))
-            is_idle = num_rows <= self.max_rows  # 都放得进批里，不算排队
-            if not is_idle and len(kept) + len(tickets) > self._max_waiting:
-                raise QueueFullError
+            self.check_room(len(tickets), sum(len(t.rows) for t in tickets))
             self._waiting.extend(tickets)
             self._changed.notify()
 
@@ -159,17 +170,29 @@ class Scheduler:
                 for row in ticket.rows:
                     self._batch.remove(row)
             self._running = [t for t in self._running if not t.is_cancelled]
-            room = self.max_rows - sum(len(t.rows) for t in self._running)
-            while self._waiting:
-                ticket = self._waiting[0]
-                if not ticket.is_cancelled and len(ticket.rows) > room:
-                    break
-                self._waiting.popleft()
-                if not ticket.is_cancelled:
-                    room -= len(ticket.rows)
-                    self._running.append(ticket)
-                    self._batch.add(ticket.rows)
+            tickets = self._next_tickets()
+            self._running += tickets
+            for _, alike in itertools.groupby(tickets, key=lambda t: id(t.rows[0].context)):
+                self._batch.add(row for ticket in alike for row in ticket.rows)
             return bool(self._running or self._waiting or not self._is_closing)
+
+    def _next_tickets(self) -> list[Ticket]:
+        """从队首取出这一步加入的，不多于批里的空位和 MAX_PREFILL。"""
+        chosen: list[Ticket] = []
+        room = self.max_rows - sum(len(t.rows) for t in self._running)
+        num_tokens, context = 0, None
+        while self._waiting:
+            ticket = self._waiting[0]
+            if not ticket.is_cancelled:
+                row = ticket.rows[0]
+                if row.context is not context:  # 同一个请求的几个回复，上下文只算一次
+                    num_tokens, context = num_tokens + len(row.context), row.context
+                if len(ticket.rows) > room or (chosen and num_tokens > MAX_PREFILL):
+                    break
+                room -= len(ticket.rows)
+                chosen.append(ticket)
+            self._waiting.popleft()
+        return chosen
 
     def _step(self) -> None:
         owners = {ticket.rows[0]: ticket for ticket in self._running if len(ticket.rows) == 1}

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import os
 import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import uvicorn
 
 from chitchat.chat.web.api import Service, build_app
-from chitchat.chat.web.gate import LOOPBACK, App
+from chitchat.chat.web.connections import ACCEPT_BURST, Connection, LoopErrors, connection_limit
+from chitchat.chat.web.gate import LOOPBACK, App, is_loopback
 from chitchat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 60  # 停下时最多等多久
-
-
-def is_loopback(host: str) -> bool:
-    """是否只有本机连得上。"""
-    return host in LOOPBACK or host.startswith("127.")
+BACKLOG = 1024  # 还没有接的连接最多几个
 
 
 def allowed_hosts(host: str) -> frozenset[str] | None:
     """Host 里可以有的名字；不只在本机听时是 None，由钥匙把关。"""
-    return frozenset({*LOOPBACK, host}) if is_loopback(host) else None
+    return frozenset({*LOOPBACK, host.lower()}) if is_loopback(host) else None
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -40,15 +39,17 @@ def open_socket(host: str, port: int) -> socket.socket:
         UserError: 地址不对，或端口已经有程序在用。
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = found
+        # 写明是 TCP，asyncio 才会让小的包立刻发出去，不攒 40 毫秒
+        listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host} 不是本机的地址（{error}）：请改成例如 127.0.0.1") from None
     try:
         if os.name != "nt":  # Windows 上它会让两个程序占住同一个端口
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or error
@@ -85,6 +86,12 @@ class Access:
 class _Server(uvicorn.Server):
     """收到信号就说完再停，以 0 退出；uvicorn 自己会在停下之后再发一次信号，退出码因此不是 0。"""
 
+    async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(LoopErrors())
+        await super().startup(sockets=sockets)
+        for listener in sockets or ():  # asyncio 把它改成了一轮接几个
+            listener.listen(BACKLOG)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
@@ -105,6 +112,9 @@ def build_server(app: App) -> uvicorn.Server:
     """准备好的 uvicorn；run(sockets=[...]) 一直回答，直到收到信号。"""
     config = uvicorn.Config(
         app,
+        http=functools.partial(Connection, limit=connection_limit()),
+        loop="asyncio",
+        backlog=ACCEPT_BURST,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -115,8 +125,17 @@ def build_server(app: App) -> uvicorn.Server:
     return _Server(config)
 
 
+def keep_logs_together() -> None:
+    """uvicorn 和 asyncio 的警告和错误也写进本项目的日志，不写到标准错误。"""
+    for name in ("uvicorn", "asyncio"):
+        other = logging.getLogger(name)
+        other.handlers = list(logging.getLogger("chitchat").handlers)
+        other.propagate = False
+
+
 def serve(service: Service, listener: socket.socket, *, host: str, access: Access) -> None:
     """一直回答，直到收到信号；收下的都说完才返回。"""
+    keep_logs_together()
     app = build_app(service, hosts=allowed_hosts(host), api_key=access.api_key, cors=access.cors)
     service.scheduler.start()
     try:

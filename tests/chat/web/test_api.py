@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import random
 import socket
 import threading
@@ -268,6 +269,8 @@ def test_wrong_address_or_method_is_an_error_of_openai(method, path, status, ser
         (b"{}", {"Host": "evil.example"}, 421),
         (b"{}", {"Host": "evil.example:8000"}, 421),
         (b"{}", {"Host": ""}, 421),
+        (b"{}", {"Host": "127.evil.example"}, 421),
+        (b"{}", {"Host": "127.0.0.1.evil.example"}, 421),
         (b"{}", {"Host": "[::1"}, 421),
         (b"{}", {"Origin": "http://evil.example"}, 403),
         (b"{}", {"Origin": "null"}, 403),
@@ -289,7 +292,9 @@ def test_body_without_a_length_is_cut_at_a_megabyte_too(server):
         assert connection.getresponse().status == 413
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:9", "[::1]:8000"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:80", "127.0.0.1:9", "[::1]:8000", "127.1.2.3"]
+)
 def test_names_of_this_machine_are_accepted(host, server):
     assert server.ask("GET", "/health", Host=host).status == 200
 
@@ -342,6 +347,43 @@ def test_cors_is_for_the_named_site_only(start_server):
     )
 
 
+def test_cors_lets_the_client_for_javascript_send_all_its_headers(start_server):
+    server = start_server(cors="http://localhost:3000")
+    asked = {"Access_Control_Request_Method": "POST", "Origin": "http://localhost:3000"}
+    wanted = "authorization,content-type,x-stainless-arch,x-stainless-retry-count,x-new"
+    reply = server.ask("OPTIONS", PATH, Access_Control_Request_Headers=wanted, **asked)
+    assert reply.status == 200
+    assert reply.headers["access-control-allow-headers"] == wanted
+
+
+def test_a_temperature_is_sampled_with_though_the_server_is_greedy(start_server):
+    server = start_server(options=dataclasses.replace(OPTIONS, greedy=True))
+    assert len({server.chat("你好", seed=i).text for i in range(4)}) == 1
+    sampled = {server.chat("你好", seed=i, temperature=1.5).text for i in range(4)}
+    assert len(sampled) > 1
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**64, -(10**4000)])
+def test_any_integer_is_a_seed(seed, server):
+    replies = [server.chat("你好", seed=seed, n=2) for _ in range(2)]
+    assert [reply.status for reply in replies] == [200, 200]
+    assert replies[0].json["choices"] == replies[1].json["choices"]
+
+
+def test_errors_outside_the_body_repeat_only_a_little_too(server):
+    long = "a" * 5000
+    replies = [
+        server.ask("GET", f"/{long}"),
+        server.ask(long[:50], f"/health{long}"),
+        server.ask("GET", f"/v1/models/{long}"),
+        server.ask("GET", "/health", Host=long),
+        server.ask("GET", "/health", Origin=f"http://{long}"),
+        server.post(b"{}", Content_Type=long),
+    ]
+    assert [reply.status for reply in replies] == [404, 404, 404, 421, 403, 415]
+    assert all(len(reply.json["error"]["message"]) < 160 for reply in replies)
+
+
 def test_each_request_is_one_line_of_the_log_without_what_was_said(server, caplog):
     logger = logging.getLogger("chitchat")
     logger.propagate = True
@@ -365,6 +407,8 @@ def test_chat_log_of_the_day_has_every_turn(server, tmp_path):
     server.wait_until_idle()
     (path,) = (tmp_path / "web").iterdir()
     assert path.name == time.strftime("%Y-%m-%d.txt")
+    if os.name != "nt":
+        assert path.stat().st_mode & 0o777 == 0o600
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if not line.startswith("聊天记录20")] == [
         "user:你好",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -21,7 +22,7 @@ pytest.importorskip("uvicorn")
 from conftest import ROOT
 
 import interact
-from chitchat.chat.web.server import open_socket
+from chitchat.chat.web.server import Access, allowed_hosts, open_socket
 from chitchat.checkpoint import save_checkpoint
 from chitchat.cli import run_cli
 
@@ -36,20 +37,24 @@ def model_dir(tmp_path, make_model, tokenizer) -> Path:
     return tmp_path / "m"
 
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(model_dir: Path, *options: str) -> list[str]:
+    settings = ["--web", "--port", "0", "--max_len", "900", "--seed", "1", "--model_path"]
+    script = [sys.executable, str(ROOT / "interact.py"), "--no_cuda"]
+    return [*script, *settings, str(model_dir), *options]
+
+
 @pytest.fixture
 def start(model_dir):
     """开一个服务器进程；结束时杀掉。"""
     processes = []
 
-    def run(*options: str) -> tuple[subprocess.Popen, int]:
-        command = [sys.executable, str(ROOT / "interact.py"), "--no_cuda", "--model_path"]
-        settings = [str(model_dir), "--web", "--port", "0", "--max_len", "900", "--seed", "1"]
+    def run(*options: str, **settings: object) -> tuple[subprocess.Popen, int]:
         process = subprocess.Popen(
-            [*command, *settings, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            command(model_dir, *options), **PIPES, env=ENVIRONMENT, **settings
         )
         processes.append(process)
         line = process.stdout.readline()
@@ -117,6 +122,59 @@ def test_ctrl_c_ends_with_0_and_without_a_log_nothing_is_written(start):
     assert not Path("sample").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_is_read_ends_with_0(number, model_dir):
+    """在后台导入 torch 时。"""
+    _, *arguments = command(model_dir)
+    traced = [sys.executable, "-X", "importtime", *arguments]
+    with subprocess.Popen(traced, **PIPES, env=ENVIRONMENT) as process:
+        for line in process.stderr:
+            if line.rpartition("|")[2].strip() == "torch.functional":
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    said = [line for line in rest.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, said) == (0, [])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+def test_a_signal_as_soon_as_the_address_is_printed_ends_with_0(start):
+    process, _ = start()
+    process.send_signal(signal.SIGTERM)
+    assert (process.wait(timeout=20), process.stderr.read()) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the number of files")
+def test_a_crowd_of_idle_connections_and_half_a_request_at_the_end(start):
+    """文件描述符只有 200 个，来了 400 个不说话的；停下时不等没有说完的。"""
+    import resource
+
+    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))}
+    process, port = start(**few)
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", port)
+        for _ in range(400):
+            stack.enter_context(socket.create_connection(address, timeout=10))
+        assert ask(port, max_tokens=5).status == 200
+        half = stack.enter_context(socket.create_connection(address, timeout=10))
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        half.sendall(b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        garbage = stack.enter_context(socket.create_connection(address, timeout=10))
+        garbage.sendall(b"\x16\x03\x01\r\n\r\n")
+        response = ask(port, **LONG)
+        response.read(2000)
+        process.send_signal(signal.SIGTERM)
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(timeout=5) == 0
+    assert process.stderr.read() == ""
+    log = Path("data/interact.log").read_text(encoding="utf-8")
+    assert "Invalid HTTP request received" in log
+    assert "status=499" in log
+    assert "Traceback" not in log
+    assert len(log) < 10_000
+
+
 def no_starlette(monkeypatch):
     monkeypatch.setitem(sys.modules, "starlette", None)
 
@@ -128,6 +186,7 @@ def no_starlette(monkeypatch):
         (["--host", "::"], ["--api_key"]),
         (["--host", "no.such.host.invalid", "--api_key", "k"], ["no.such.host.invalid", "--host"]),
         (["--host", "192.0.2.1", "--api_key", "k"], ["192.0.2.1", "--port"]),
+        (["--host", "127.evil.invalid"], ["127.evil.invalid", "--api_key"]),
         (["--api_key", ""], ["--api_key"]),
         (["--api_key", "钥匙"], ["--api_key", "ASCII"]),
         (["--cors", "localhost:3000"], ["--cors", "http://"]),
@@ -159,6 +218,12 @@ def test_flags_of_the_server_need_web(flag, model_dir, capsys, monkeypatch):
         run_cli(lambda: interact.main(["--model_path", str(model_dir), "--max_len", "9", *flag]))
     assert stop.value.code == 2
     assert "--web" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.8.9.10", "127.1"])
+def test_names_of_this_machine_need_no_key(host):
+    Access().check(host)
+    assert host.lower() in allowed_hosts(host)
 
 
 def test_the_port_takes_connections_as_soon_as_it_is_held():

@@ -9,6 +9,8 @@ from chitchat.chat.web.errors import ApiError
 from chitchat.chat.web.requests import parse_chat_request
 
 HELLO = [{"role": "user", "content": "你好"}]
+PART = {"type": "text", "text": "你"}
+SYSTEM = {"role": "system", "content": "你是猫"}
 
 
 def parse(fields: object, **limits: int):
@@ -42,15 +44,36 @@ MALFORMED = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         400,
         "messages[0].content[0]",
-        "文字",
+        "image_url",
     ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "text": "你"}]}]},
+        400,
+        "messages[0].content[0]",
+        "text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        400,
+        "messages[0].content[0].text",
+        "null",
+    ),
+    ({"messages": [{"role": "user", "content": ""}, SYSTEM]}, 400, "messages", "空的"),
+    ({"messages": [SYSTEM, {"role": "user", "content": ""}]}, 400, "messages", "空的"),
+    ({"messages": [*HELLO, {"role": "user", "content": ""}, SYSTEM]}, 400, "messages", "空的"),
+    ({"messages": HELLO * 2049}, 400, "messages", "2048"),
+    ({"messages": [{"role": "user", "content": [PART] * 2049}]}, 400, "messages[0].content", "段"),
+    ({f"a{i}": 1 for i in range(1001)}, 400, None, "字段"),
     ({"model": "gpt-4o"}, 404, "model", "base"),
     ({"model": 3}, 400, "model", "3"),
     ({"temperature": -1}, 400, "temperature", "大于 0"),
     ({"temperature": "hot"}, 400, "temperature", "hot"),
-    ({"temperature": True}, 400, "temperature", "True"),
+    ({"temperature": True}, 400, "temperature", "true"),
     (b'{"messages":[{"role":"user","content":"a"}],"temperature":NaN}', 400, "temperature", "nan"),
     (b'{"messages":[{"role":"user","content":"a"}],"top_p":1e999}', 400, "top_p", "inf"),
+    ({"temperature": "0.5"}, 400, "temperature", "应为数"),
+    ({"top_k": "5"}, 400, "top_k", "应为数"),
+    ({"max_history_len": "5"}, 400, "max_history_len", "应为数"),
     ({"top_p": 1.1}, 400, "top_p", "不大于 1"),
     ({"top_k": 1.5}, 400, "top_k", "整数"),
     ({"top_k": -1}, 400, "top_k", "不小于 0"),
@@ -87,6 +110,33 @@ def test_malformed_request_is_explained(fields, status, param, named):
     assert error["type"] == "invalid_request_error"
     assert named in error["message"]
     assert len(error["message"]) < 300
+
+
+HUGE = ["长" * 100_000, [["x"] * 1000] * 100, {"\ud800" * 1000: 1}, 10**4000, -(10**4000), 1e300]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: str(value)[:8])
+def test_errors_repeat_only_a_little_of_what_came(value):
+    wrong = [{"messages": [{"role": role, "content": value}]} for role in ("user", value)]
+    wrong += [
+        {"messages": [{"role": "user", "content": [part]}]} for part in (value, {"type": value})
+    ]
+    wrong += [{name: value} for name in ("model", "messages", "stop", "n", "stream")]
+    wrong += [{name: value} for name in ("top_p", "min_p")]
+    for fields in wrong[isinstance(value, str) :]:  # 文字可以是 content
+        if fields == {"stop": value} and isinstance(value, str):
+            continue
+        with pytest.raises(ApiError) as caught:
+            parse({"messages": HELLO, **fields})
+        message = caught.value.body["error"]["message"]
+        assert len(message.encode()) < 400
+        assert len(message) < 160, fields.keys()
+
+
+@pytest.mark.parametrize("depth", range(700, 1000, 4))
+def test_depth_that_can_hardly_be_read_is_an_error_of_the_request(depth):
+    with pytest.raises(ApiError):
+        parse(b'{"messages":' + b"[" * depth + b"]" * depth + b"}")
 
 
 def test_plain_request_takes_the_defaults_of_the_server():
@@ -132,8 +182,24 @@ def test_caps_of_the_server_hold():
     assert parse({"messages": HELLO, "max_completion_tokens": 3}).options.max_len == 3
 
 
-def test_temperature_0_is_greedy():
-    assert parse({"messages": HELLO, "temperature": 0}).options.greedy
+@pytest.mark.parametrize(
+    ("greedy", "fields", "expected"),
+    [
+        (False, {"temperature": 0}, True),
+        (False, {"temperature": 0.5}, False),
+        (True, {}, True),
+        (True, {"top_k": 3}, True),
+        (True, {"temperature": None}, True),
+        (True, {"temperature": 0.0}, True),
+        (True, {"temperature": 0.5}, False),
+    ],
+)
+def test_temperature_0_is_greedy_and_any_other_is_not(greedy, fields, expected):
+    body = json.dumps({"messages": HELLO, **fields}).encode()
+    defaults = SamplingOptions(greedy=greedy)
+    options = parse_chat_request(body, defaults, model_id="base", max_choices=8).options
+    assert options.greedy is expected
+    assert options.temperature == (fields.get("temperature") or 1)
 
 
 def test_system_messages_are_left_out_and_parts_are_joined():
