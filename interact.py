@@ -38,6 +38,7 @@ from chitchat.checkpoint import (
 from chitchat.cli import CliParser, bounded, configure_logging, run_cli
 from chitchat.devices import select_devices
 from chitchat.errors import UserError
+from chitchat.interrupts import exits_on_signal
 from chitchat.tokens.tokenizer import vocab_fingerprint
 
 if TYPE_CHECKING:
@@ -237,32 +238,32 @@ def read_input(path: Path) -> Iterator[list[str]]:
         ) from error
 
 
+@exits_on_signal()
 def serve(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions) -> None:
     """开服务器，直到 Ctrl+C 或 SIGTERM。"""
     from chitchat.chat.web.api import Service
     from chitchat.chat.web.chat_log import ChatLog
     from chitchat.chat.web.scheduler import Scheduler
-    from chitchat.chat.web.server import Access, exits_on_signal, open_socket
+    from chitchat.chat.web.server import Access, open_socket
     from chitchat.chat.web.server import serve as serve_until_stopped
 
-    with exits_on_signal():
-        access = Access(args.api_key, args.cors)
-        access.check(args.host)
-        chat_log = None if args.no_chat_log else ChatLog(args.save_samples_dir / "web")
-        listener = open_socket(args.host, args.port)  # 占住端口，再花时间读模型
-        bot = start_loading(args, tokenizer, options).result()
-        service = Service(
-            bot,
-            Scheduler(bot),
-            options,
-            model_id=Path(args.model_path).resolve().name,
-            rng=random.Random(args.seed),
-            chat_log=chat_log,
-        )
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        url = f"http://{host}:{listener.getsockname()[1]}"
-        print(f"网页 {url} ，接口 {url}/v1 ，按 Ctrl+C 停下", flush=True)
-        serve_until_stopped(service, listener, host=args.host, access=access)
+    access = Access(args.api_key, args.cors)
+    access.check(args.host)
+    chat_log = None if args.no_chat_log else ChatLog(args.save_samples_dir / "web")
+    listener = open_socket(args.host, args.port)  # 占住端口，再花时间读模型
+    bot = start_loading(args, tokenizer, options).result()
+    service = Service(
+        bot,
+        Scheduler(bot),
+        options,
+        model_id=Path(args.model_path).resolve().name,
+        rng=random.Random(args.seed),
+        chat_log=chat_log,
+    )
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"网页 {url} ，接口 {url}/v1 ，按 Ctrl+C 停下", flush=True)
+    serve_until_stopped(service, listener, host=args.host, access=access)
 
 
 def answer_whole_file(

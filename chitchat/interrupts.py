@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 from chitchat.errors import EXIT_INTERRUPTED
 
@@ -20,3 +22,15 @@ def guard_startup() -> None:
 def exit_at_once(signum: int, frame: object) -> None:
     """不做任何收尾，立刻以 130 退出；只用在没有什么要收尾的时候。"""
     os._exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def exits_on_signal() -> Iterator[None]:
+    """SIGTERM 或 Ctrl+C 时立刻以 0 退出：服务器开始回答之前没有什么要收尾，读模型却要好几秒。"""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: os._exit(0)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -27,18 +27,6 @@ SHUTDOWN_SECONDS = 60  # 停下时最多等多久
 BACKLOG = 1024  # 还没有接的连接最多几个
 
 
-@contextlib.contextmanager
-def exits_on_signal() -> Iterator[None]:
-    """SIGTERM 或 Ctrl+C 时立刻以 0 退出：服务器开始回答之前没有什么要收尾，读模型却要好几秒。"""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: os._exit(0)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def allowed_hosts(host: str) -> frozenset[str] | None:
     """Host 里可以有的名字；不只在本机听时是 None，由钥匙把关。"""
     return frozenset({*LOOPBACK, host.lower()}) if is_loopback(host) else None
