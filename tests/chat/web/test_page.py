@@ -386,6 +386,9 @@ def test_failed_or_stopped_retry_gives_everything_back(how, page, pace):
     fail_next_request(page)
     go()
     page.get_by_text("排满了：原来的都还在").wait_for()
+    if how == "edit":  # 改过的也还在
+        assert page.get_by_label("改这句话").input_value() == "再见"
+        page.get_by_role("button", name="取消编辑").click()
     assert texts(page) == before
     pace["seconds"] = 5.0
     go()
@@ -395,6 +398,8 @@ def test_failed_or_stopped_retry_gives_everything_back(how, page, pace):
     go()
     page.get_by_role("button", name="停止").click()
     page.get_by_text("停下了：原来的都还在").wait_for()
+    if how == "edit":
+        page.get_by_role("button", name="取消编辑").click()
     assert texts(page) == before
     page.problems.clear()
     pace["seconds"] = 0
