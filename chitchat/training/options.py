@@ -101,8 +101,8 @@ def add_optimization_options(add: Callable) -> None:
     optional_count = bounded(int, minimum=0)
     add("--epochs", type=count, default=100, help="训练轮数（默认 %(default)s）")
     add("--optimizer", choices=["auto", "adamw", "muon"], default="auto",
-        help="优化器；muon 只用于各层的二维权重，其余用 adamw；auto：muon 的额外运算相对每次更新"
-        "不太多时用它，从已有的权重继续时用 adamw（默认 %(default)s）")
+        help="优化器；muon 只用于各层的二维权重，其余用 adamw；auto：开始时量一两秒，muon 的"
+        "正交化相对前向和反向不太久就用它，从已有的权重继续时用 adamw（默认 %(default)s）")
     add("--lr", type=positive,
         help=f"学习率的峰值（默认 muon {DEFAULT_LR['muon']}，adamw {DEFAULT_LR['adamw']}，"
         f"从已有的权重继续时 {FINE_TUNING_LR}）")
