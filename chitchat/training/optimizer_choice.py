@@ -21,7 +21,7 @@ from chitchat.training.optimizers import hidden_matrices, orthogonalize
 
 logger = logging.getLogger(__name__)
 
-MAX_MUON_COST = 1.5  # 正交化的时间最多是前向和反向的几倍；再多，少走的步数就抵不上了
+MAX_MUON_COST = 1.2  # 正交化的时间最多是前向和反向的几倍；再多，少走的步数就抵不上了
 ENOUGH_SECONDS = 0.5  # 一次前向和反向有这么久，就不必再量更大的
 
 

@@ -39,14 +39,15 @@ class Reply:
     whole: float
 
 
-def ask(url: str, seed: int) -> Reply:
+def ask(url: str, seed: int, model: str) -> Reply:
     """问一句，边收边看时间；忙时（503）不再试。"""
     parts = urlsplit(url)
     saying = SAYINGS[seed % len(SAYINGS)]
-    fields = {"messages": [{"role": "user", "content": saying}], "seed": seed, "stream": True}
+    messages = [{"role": "user", "content": saying}]
+    fields = {"model": model, "messages": messages, "seed": seed, "stream": True}
     start = time.perf_counter()
     first, pieces = None, []
-    with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=300)) as connection:
+    with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=900)) as connection:
         body = json.dumps({**fields, "max_tokens": 25}).encode()
         path, headers = "/v1/chat/completions", {"Content-Type": "application/json"}
         connection.request("POST", path, body, headers)
@@ -62,13 +63,15 @@ def ask(url: str, seed: int) -> Reply:
     return Reply(response.status, "".join(pieces), first or whole, whole)
 
 
-def visit(url: str, num_visitors: int, num_each: int) -> tuple[list[list[Reply]], float]:
+def visit(
+    url: str, model: str, num_visitors: int, num_each: int
+) -> tuple[list[list[Reply]], float]:
     """各人一句接一句地问；返回每人的回复和一共的秒数。"""
     barrier = threading.Barrier(num_visitors + 1)
 
     def talk(visitor: int) -> list[Reply]:
         barrier.wait()
-        return [ask(url, visitor * num_each + i) for i in range(num_each)]
+        return [ask(url, visitor * num_each + i, model) for i in range(num_each)]
 
     with ThreadPoolExecutor(num_visitors) as pool:
         waiting = [pool.submit(talk, visitor) for visitor in range(num_visitors)]
@@ -82,11 +85,11 @@ def percentile(values: list[float], fraction: float) -> float:
     return sorted(values)[min(len(values) - 1, int(fraction * len(values)))]
 
 
-def measure(name: str, url: str, num_replies: int) -> None:
+def measure(name: str, url: str, model: str, num_replies: int) -> None:
     """打印每一级的一行。"""
     for num_visitors in LEVELS:
         num_each = max(1, num_replies // num_visitors)
-        by_visitor, seconds = visit(url, num_visitors, num_each)
+        by_visitor, seconds = visit(url, model, num_visitors, num_each)
         replies = [reply for own in by_visitor for reply in own if reply.status == 200]
         num_refused = num_visitors * num_each - len(replies)
         cells = [name, f"{num_visitors}", f"{len(replies) / seconds:.1f}"]
@@ -119,26 +122,28 @@ def own_server(model_path: str) -> Iterator[tuple[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_path", default="model/base")
-    parser.add_argument("--peer", help="另一个服务器的地址")
+    parser.add_argument("--peer", help="另一个服务器的地址，用同一个模型")
+    parser.add_argument("--peer_replies", type=int, default=32, help="另一个服务器每一级几句")
     parser.add_argument("--num_replies", type=int, default=128, help="每一级一共几句")
     parser.add_argument("--num_long", type=int, default=2000, help="看内存时一共几句")
     args = parser.parse_args()
     print("| 服务器 | 人数 | 句/秒 | 首字中位 s | 首字 95% s | 整句中位 s | 整句 95% s | 503 |")
     print("| --- " + "| --: " * 7 + "|")
+    own_name = Path(args.model_path).resolve().name
     with own_server(args.model_path) as (url, pid):
-        measure("本项目", url, args.num_replies)
-        crowd, _ = visit(url, 200, 1)
+        measure("本项目", url, own_name, args.num_replies)
+        crowd, _ = visit(url, own_name, 200, 1)
         refused = [own[0].status for own in crowd].count(503)
         wrong = sum(
-            own[0].status == 200 and own[0].text != ask(url, seed).text
+            own[0].status == 200 and own[0].text != ask(url, seed, own_name).text
             for seed, own in enumerate(crowd)
         )
         print(f"200 个人: {200 - refused} 句答了，{refused} 句 503，{wrong} 句与单独问时不同")
         before = resident_mb(pid)
-        visit(url, 16, args.num_long // 16)
+        visit(url, own_name, 16, args.num_long // 16)
         print(f"内存 {before:.0f} MB，再答 {args.num_long} 句之后 {resident_mb(pid):.0f} MB")
     if args.peer:
-        measure(args.peer, args.peer, args.num_replies)
+        measure(args.peer, args.peer, args.model_path, args.peer_replies)
 
 
 if __name__ == "__main__":

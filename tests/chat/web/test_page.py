@@ -4,103 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
+pytest.importorskip("playwright.sync_api")
+
+from web_browser import (
+    CHROMIUM,
+    OPTIONS,
+    REPLY,
+    say,
+    texts,
+    wait_until,
+    wait_until_said,
+)
+
+from chitchat.corpus.reader import read_dialogues
+
 if CHROMIUM is None:
     pytest.skip("没有 chromium", allow_module_level=True)
-
-from serving import wait_for  # noqa: E402
-
-from chitchat.chat.chatbot import Chatbot  # noqa: E402
-from chitchat.chat.engine import Engine  # noqa: E402
-from chitchat.chat.generation import Batch  # noqa: E402
-from chitchat.chat.options import SamplingOptions  # noqa: E402
-from chitchat.corpus.reader import read_dialogues  # noqa: E402
-
-pytest_plugins = ["web_server"]
-REPLY = "早上好，吃饭了吗"
-OPTIONS = SamplingOptions(max_len=20, max_history_len=5, temperature=0.7)
+pytest_plugins = ["web_server", "web_browser"]
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=alert(1)>"
 ARABIC = "مرحبا"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def parrot(make_parrot, tokenizer) -> Chatbot:
-    model = make_parrot(REPLY)
-    return Chatbot(Engine(model.config.to_dict(), model.state_dict()), tokenizer)
-
-
-@pytest.fixture
-def pace(monkeypatch) -> dict[str, float]:
-    """每一步等多少秒；测试里可以改。"""
-    step, settings = Batch.step, {"seconds": 0.0}
-    main = threading.main_thread()
-
-    def wait_first(self):
-        if threading.current_thread() is not main:
-            time.sleep(settings["seconds"])
-        return step(self)
-
-    monkeypatch.setattr(Batch, "step", wait_first)
-    return settings
-
-
-@pytest.fixture
-def url(start_server, parrot, pace) -> str:
-    return start_server(parrot, options=OPTIONS).url
-
-
-@pytest.fixture
-def page(browser, url):
-    """打开的页面；结束时不能有脚本的错误，也不能问过别的服务器。"""
-    context = browser.new_context(accept_downloads=True, color_scheme="light")
-    context.set_default_timeout(15_000)
-    page = context.new_page()
-    problems, asked = [], []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-    page.on("request", lambda request: asked.append(request.url))
-    page.problems = problems
-    page.goto(url)
-    yield page
-    context.close()
-    assert problems == []
-    assert all(address.startswith((url, "data:", "blob:")) for address in asked)
-
-
-def say(page, text: str) -> None:
-    page.get_by_label("要说的话").fill(text)
-    page.keyboard.press("Enter")
-
-
-def wait_until_said(page) -> None:
-    page.get_by_role("button", name="发送", exact=True).wait_for()
-
-
-def wait_until(page, expression: str) -> None:
-    """页面的 CSP 不许 eval，所以不能用 wait_for_function。"""
-    wait_for(lambda: page.evaluate(expression) or page.wait_for_timeout(20))
-
-
-def texts(page) -> list[str]:
-    return page.locator(".bubble").all_text_contents()
 
 
 def test_typing_streams_the_reply(page, pace):
