@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 from collections.abc import Sequence
@@ -106,21 +107,16 @@ def build_loaders(
     datasets = [DialogueDataset(table, i, **options) for i in (train_indices, val_indices)]
     _report_pieces(datasets)
 
-    shared = {
-        "num_workers": num_workers,
-        "seed": seed,
-        "processes": processes,
-        "pin_memory": pin_memory,
-    }
+    build = functools.partial(
+        _build_loader,
+        num_workers=num_workers,
+        seed=seed,
+        processes=processes,
+        pin_memory=pin_memory,
+    )
     return (
-        _build_loader(
-            datasets[0],
-            shuffle=True,
-            window_size=train_window,
-            window_tokens=train_tokens,
-            **shared,
-        ),
-        _build_loader(datasets[1], shuffle=False, window_size=val_window, **shared),
+        build(datasets[0], shuffle=True, window_size=train_window, window_tokens=train_tokens),
+        build(datasets[1], shuffle=False, window_size=val_window),
     )
 
 
