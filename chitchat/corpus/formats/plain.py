@@ -47,9 +47,11 @@ def read_text(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Dialog
     """一行一句，空行分隔对话；只含空白的行算空行，连续的空行算一个。"""
     utterances: list[str] = []
     number = 0
-    for number, line in enumerate(file, 1):
-        utterance = strip_blank(line)
-        if utterance:
+    for number, line in enumerate(map(str.strip, file), 1):
+        # 绝大多数行用不着 strip_blank，不为它们多调用一次
+        if line and line[0] not in _BLANK and line[-1] not in _BLANK:
+            utterances.append(line)
+        elif utterance := strip_blank(line):
             utterances.append(utterance)
         elif utterances:
             yield Dialogue(utterances, range(number - len(utterances), number))
