@@ -7,13 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-pytest.importorskip("playwright.sync_api")
-
 from web_browser import (
-    CHROMIUM,
     OPTIONS,
     REPLY,
     say,
@@ -24,8 +18,6 @@ from web_browser import (
 
 from chitchat.corpus.reader import read_dialogues
 
-if CHROMIUM is None:
-    pytest.skip("没有 chromium", allow_module_level=True)
 pytest_plugins = ["web_server", "web_browser"]
 HOSTILE = "<script>document.title='hacked'</script><img src=x onerror=alert(1)>"
 ARABIC = "مرحبا"

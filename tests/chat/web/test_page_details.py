@@ -6,13 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-pytest.importorskip("playwright.sync_api")
-
 from web_browser import (
-    CHROMIUM,
     REPLY,
     say,
     texts,
@@ -22,8 +16,6 @@ from web_browser import (
 
 from chitchat.corpus.reader import read_dialogues
 
-if CHROMIUM is None:
-    pytest.skip("没有 chromium", allow_module_level=True)
 pytest_plugins = ["web_server", "web_browser"]
 PUT = """text => {
   sessionStorage.clear(); localStorage.clear(); localStorage.setItem("chitchat.v1", text);

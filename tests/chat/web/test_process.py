@@ -228,5 +228,10 @@ def test_names_of_this_machine_need_no_key(host):
 
 def test_the_port_takes_connections_as_soon_as_it_is_held():
     """读模型时来的连接等着，不被拒绝。"""
-    with open_socket("127.0.0.1", 0) as listener:
-        socket.create_connection(listener.getsockname(), timeout=5).close()
+    with (
+        open_socket("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname(), timeout=5) as client,
+    ):
+        connection, address = listener.accept()
+        connection.close()
+        assert address == client.getsockname()

@@ -1,4 +1,4 @@
-"""打开网页的浏览器：给各个网页测试用的 fixture 和动作。"""
+"""打开网页的浏览器：网页测试的 fixture 和动作；缺什么时，导入它的测试跳过。"""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from chitchat.chat.engine import Engine
 from chitchat.chat.generation import Batch
 from chitchat.chat.options import SamplingOptions
 
+for package in ("starlette", "uvicorn", "playwright.sync_api"):
+    pytest.importorskip(package)
 CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("没有 chromium", allow_module_level=True)
 REPLY = "早上好，吃饭了吗"
 OPTIONS = SamplingOptions(max_len=20, max_history_len=5, temperature=0.7)
 
