@@ -65,7 +65,6 @@ def answer_file(
     identity = {**_identify(contexts, options), "report": with_report, **settings}
     partial = PartialReplies(output_path.with_name(output_path.name + ".part"), identity, seed)
     bot = loading.result()
-    bot.check_options(options)
     replies = _complete(partial, bot, contexts, options)
     # 在 .part 删去之前：算到一半被中断，再运行时不必重新生成
     report = _evaluate(bot, dialogues, replies, options) if with_report else ""
