@@ -35,6 +35,8 @@ def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
         raise UserError(f"--device {device!r} 不对：{advice}；只用 CPU 请加 --no_cuda")
     if no_cuda or not torch.cuda.is_available():
         return [torch.device("cpu")]
+    # cuDNN 的注意力每遇到一种新形状都要先编译（H100 上约 0.1 秒），而对话的长短几乎每次都变。
+    torch.backends.cuda.enable_cudnn_sdp(False)
     num_gpus = torch.cuda.device_count()
     missing = [number for number in numbers if int(number) >= num_gpus]
     if missing:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PADDING = 0.05  # 一次前向里补齐超过这个比例，就拆成两次
 MIN_ROWS = 16  # 但每次不少于这么多段对话，太小的前向反而慢
+# GPU 上一次前向的固定开销（启动上千个核函数）约等于多算这么多个位置；省不下这么多就不拆。
+MIN_PADDING = {"cuda": 2**14}
 
 
 class Part(NamedTuple):
@@ -70,7 +72,13 @@ class Splitter:
             pairs = zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True)
             return [Part(*pair) for pair in pairs]
         parts = []
-        for start, stop in split_rows(batch.lengths, max_rows=rows, max_padding=self.max_padding):
+        pairs = split_rows(
+            batch.lengths,
+            max_rows=rows,
+            max_padding=self.max_padding,
+            min_padding=MIN_PADDING.get(self.device.type, 0),
+        )
+        for start, stop in pairs:
             width = max(2, *batch.lengths[start:stop])
             parts.append(
                 Part(batch.input_ids[start:stop, :width], batch.labels[start:stop, :width])
@@ -95,7 +103,7 @@ class Splitter:
 
 
 def split_rows(
-    lengths: Sequence[int], *, max_rows: int, max_padding: float
+    lengths: Sequence[int], *, max_rows: int, max_padding: float, min_padding: int = 0
 ) -> list[tuple[int, int]]:
     """把一个窗口分成几次前向：先按 max_rows 切，补齐仍太多的再对半切，每份按自己的最长补齐。
 
@@ -105,6 +113,7 @@ def split_rows(
         lengths: 每段对话的 token 数，可为 0（多进程时的占位）。
         max_rows: 一次前向最多的对话数。
         max_padding: 补齐占的比例超过它才对半切，0 到 1；切出来的不少于 MIN_ROWS 段。
+        min_padding: 补齐的位置不到这么多个也不切。
 
     Returns:
         各次前向的首尾 ``(start, stop)``，依次盖住所有对话。
@@ -116,7 +125,8 @@ def split_rows(
         width = max(lengths[start:stop])
         num_padding = width * (stop - start) - sum(lengths[start:stop])
         middle = (start + stop) // 2
-        if middle - start >= MIN_ROWS and num_padding > max_padding * width * (stop - start):
+        is_padded = num_padding > max(min_padding, max_padding * width * (stop - start))
+        if middle - start >= MIN_ROWS and is_padded:
             waiting[:0] = [(start, middle), (middle, stop)]
         else:
             parts.append((start, stop))

@@ -11,7 +11,7 @@ from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers
 from chitchat.training.plan import choose_precision
 from chitchat.training.processes import Processes
-from chitchat.training.splitting import MAX_PADDING, split_rows
+from chitchat.training.splitting import MAX_PADDING, MIN_PADDING, split_rows
 from chitchat.training.updater import Updater
 
 
@@ -22,7 +22,9 @@ def build_model(config_path, device, *, seed=0, **fields):
     return GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
 
 
-def load_batches(table, *, train_window, val_window, val_num, train_tokens=0, seed=0):
+def load_batches(
+    table, *, train_window, val_window, val_num, train_tokens=0, seed=0, width_multiple=1
+):
     """训练集和验证集的 DataLoader；seed 也决定留出哪些。"""
     return build_loaders(
         table,
@@ -36,6 +38,7 @@ def load_batches(table, *, train_window, val_window, val_num, train_tokens=0, se
         max_len=150,
         pad_id=0,
         sep_id=102,
+        width_multiple=width_multiple,
     )
 
 
@@ -54,8 +57,13 @@ def build_updater(model, device, *, optimizer, lr, lr_factor=lambda step: 1.0, p
     )
 
 
-def count_cells(batch, max_padding=MAX_PADDING):
+def count_cells(batch, device, max_padding=MAX_PADDING):
     """一个窗口分成几次前向，连补齐在内共多少个位置。"""
     lengths = batch.lengths
-    parts = split_rows(lengths, max_rows=len(lengths), max_padding=max_padding)
+    parts = split_rows(
+        lengths,
+        max_rows=len(lengths),
+        max_padding=max_padding,
+        min_padding=MIN_PADDING.get(device.type, 0),
+    )
     return len(parts), sum(max(lengths[i:j]) * (j - i) for i, j in parts)

@@ -1,9 +1,8 @@
 """参考实现的训练算法，用今天的库重写成几行，供各个测速脚本比较。"""
 
-import time
-
 import numpy as np
 import torch
+from stopwatch import Stopwatch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_linear_schedule_with_warmup
@@ -16,8 +15,8 @@ WARMUP_STEPS = 4000
 MAX_GRAD_NORM = 2.0
 
 
-def train(model, dialogues, *, seconds, device, max_len=150, batch_size=BATCH_SIZE):
-    """随机组成批次、补齐、float32、整块 logits，训练给定的秒数。
+def train(model, dialogues, *, seconds, device, max_len=150, batch_size=BATCH_SIZE, warmup=0.0):
+    """随机组成批次、补齐、float32、整块 logits，训练给定的秒数；此前的 warmup 秒不算。
 
     Returns:
         训练过的 token 数（不含补齐）、补齐的 token 数、实际秒数。
@@ -26,8 +25,8 @@ def train(model, dialogues, *, seconds, device, max_len=150, batch_size=BATCH_SI
     scheduler = get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, 10**6)
     generator = np.random.default_rng(0)
     model.train()
-    num_tokens = num_padding = step = 0
-    started = time.perf_counter()
+    step = 0
+    clock = Stopwatch(seconds, warmup=warmup)
     while True:
         order = generator.permutation(len(dialogues))
         for start in range(0, len(order), batch_size):
@@ -44,11 +43,8 @@ def train(model, dialogues, *, seconds, device, max_len=150, batch_size=BATCH_SI
                 scheduler.step()
                 optimizer.zero_grad()
             targets = sum(len(row) - 1 for row in rows)
-            num_tokens += targets
-            num_padding += input_ids.numel() - len(rows) - targets
-            elapsed = time.perf_counter() - started
-            if elapsed >= seconds:
-                return num_tokens, num_padding, elapsed
+            if clock.add(targets, input_ids.numel() - len(rows) - targets):
+                return clock.num_tokens, clock.num_padding, clock.elapsed
 
 
 def count_correct(logits, labels):

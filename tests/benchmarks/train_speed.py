@@ -22,17 +22,22 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 import trainer_loop  # noqa: E402
+from stopwatch import Stopwatch  # noqa: E402
 
 from chitchat.cli import quiet_transformers  # noqa: E402
+from chitchat.devices import select_devices  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
 from chitchat.training.loss import LossModule  # noqa: E402
 from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
 from chitchat.training.plan import choose_precision  # noqa: E402
 from chitchat.training.splitting import MAX_PADDING  # noqa: E402
 
+COMPILED_WIDTH = 32  # 与 train.py 的 --compile 相同
+
 
 def measure_padding(train_path, vocab_size, batch_sizes):
     """一整轮里补齐占的比例，不训练；打印一张表：整窗一次前向，和像 train.py 那样拆开。"""
+    device = select_devices("0", no_cuda=False)[0]
     table = load_token_table(train_path, vocab_size)
     print(f"{'padding over one epoch':30} windows  one forward each  forwards  split as trained")
     for batch_size, accumulation in batch_sizes:
@@ -40,15 +45,20 @@ def measure_padding(train_path, vocab_size, batch_sizes):
         loader, _ = our_loop.load_batches(table, train_window=window, val_window=1, val_num=8000)
         shares = []
         for max_padding in (1.0, MAX_PADDING):
-            counts = [our_loop.count_cells(batch, max_padding) for batch in loader]
+            counts = [our_loop.count_cells(batch, device, max_padding) for batch in loader]
             num_forwards, num_cells = map(sum, zip(*counts, strict=True))
             shares.append(1 - loader.dataset.lengths.sum() / num_cells)
         name = f"batch {batch_size} x {accumulation} (window {window})"
         print(f"{name:30} {len(loader):7} {shares[0]:17.2%} {num_forwards:9} {shares[1]:17.2%}")
 
 
-def train_ours(model, table, args, *, window, device):
-    loader, _ = our_loop.load_batches(table, train_window=window, val_window=1, val_num=1)
+def train_ours(model, table, args, *, window):
+    """本项目的循环；--compile 时与 train.py 一样编译，编译的时间也在 --warmup 之内。"""
+    device = select_devices("0", no_cuda=False)[0]
+    width = COMPILED_WIDTH if args.compile else 1
+    loader, _ = our_loop.load_batches(
+        table, train_window=window, val_window=1, val_num=1, width_multiple=width
+    )
     optimizer = args.optimizer
     if optimizer == "auto":
         precision = choose_precision(args.precision, device)
@@ -58,17 +68,17 @@ def train_ours(model, table, args, *, window, device):
     updater = our_loop.build_updater(
         model, device, optimizer=optimizer, lr=1e-3, precision=args.precision
     )
-    num_tokens = num_cells = num_dialogues = 0
-    started = time.perf_counter()
+    if args.compile:
+        model.transformer.compile()
+        updater.splitter.max_padding = 1.0
+    clock = Stopwatch(args.seconds, warmup=args.warmup)
     while True:
         for batch in loader:
             updater.step(batch)
-            num_tokens += batch.num_targets
-            num_dialogues += len(batch.input_ids)
-            num_cells += our_loop.count_cells(batch)[1]
-            elapsed = time.perf_counter() - started
-            if elapsed >= args.seconds:
-                return num_tokens, num_cells - num_tokens - num_dialogues, elapsed
+            num_cells = updater.splitter.count_cells(batch)
+            num_dialogues = len(batch.input_ids)
+            if clock.add(batch.num_targets, num_cells - batch.num_targets - num_dialogues):
+                return clock.num_tokens, clock.num_padding, clock.elapsed
         loader.sampler.epoch += 1
 
 
@@ -99,15 +109,18 @@ def run_variant(args):
         size = reference_loop.BATCH_SIZE if args.variant == "reference" else args.batch_size
         loop = trainer_loop if args.variant == "trainer" else reference_loop
         num_tokens, num_padding, seconds, *_ = loop.train(
-            model, dialogues, seconds=args.seconds, device=device, batch_size=size
+            model,
+            dialogues,
+            seconds=args.seconds,
+            device=device,
+            batch_size=size,
+            warmup=args.warmup,
         )
     else:
         table = load_token_table(args.train_path, model.config.vocab_size)
         size, _, args.optimizer = args.variant.partition(":")
         window = 4 * 4 if size == "defaults" else args.batch_size
-        num_tokens, num_padding, seconds = train_ours(
-            model, table, args, window=window, device=device
-        )
+        num_tokens, num_padding, seconds = train_ours(model, table, args, window=window)
     positions = model.transformer.wpe.weight.numel()
     result = {
         "speed": num_tokens / seconds,
@@ -126,6 +139,8 @@ def main():
     parser.add_argument("--train_path", type=Path, default=Path("data/train.pkl"))
     parser.add_argument("--model_config", type=Path, default=ROOT / "model/config.json")
     parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--warmup", type=float, default=0, help="先跑这么多秒再计时，GPU 上用")
+    parser.add_argument("--compile", action="store_true", help="本项目的各行像 --compile 那样编译")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--optimizers", default="adamw,muon,auto", help="本项目用哪几种，逗号分隔")
     parser.add_argument("--precision", default="auto")

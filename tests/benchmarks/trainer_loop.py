@@ -31,10 +31,11 @@ class Counter:
 
 
 class Clock(TrainerCallback):
-    """到时间就停；学习率由外面的曲线按已用的时间给出。"""
+    """到时间就停，头 warmup 秒不算；学习率由外面的曲线按已用的时间给出。"""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, counter, warmup):
         self.seconds, self.started, self.num_steps = seconds, None, 0
+        self.counter, self.warmup = counter, warmup
 
     @property
     def elapsed(self):
@@ -45,11 +46,28 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.num_steps += 1
-        control.should_training_stop = self.elapsed >= self.seconds
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.warmup and self.elapsed >= self.warmup:
+            self.warmup = 0.0
+            self.num_steps = self.counter.num_tokens = self.counter.num_padding = 0
+            self.started = time.perf_counter()
+        control.should_training_stop = not self.warmup and self.elapsed >= self.seconds
 
 
-def train(model, dialogues, *, seconds, device, batch_size, lr=1e-3, lr_factor=None, max_len=150):
-    """按长度分组、批次 batch_size、有 bf16 就用，训练给定的秒数。
+def train(
+    model,
+    dialogues,
+    *,
+    seconds,
+    device,
+    batch_size,
+    lr=1e-3,
+    lr_factor=None,
+    max_len=150,
+    warmup=0.0,
+):
+    """按长度分组、批次 batch_size、有 bf16 就用，训练给定的秒数；此前的 warmup 秒不算。
 
     Args:
         lr_factor: 由已用时间的比例（0 到 1）给出学习率相对峰值的倍数；None 表示不变。
@@ -58,7 +76,8 @@ def train(model, dialogues, *, seconds, device, batch_size, lr=1e-3, lr_factor=N
         训练过的 token 数（不含补齐）、补齐的 token 数、实际秒数、更新次数。
     """
     rows = [{"input_ids": row[:max_len], "length": len(row[:max_len])} for row in dialogues]
-    counter, clock = Counter(), Clock(seconds)
+    counter = Counter()
+    clock = Clock(seconds, counter, warmup)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
 
     def factor(_step):

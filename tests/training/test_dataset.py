@@ -203,16 +203,21 @@ def test_spawned_workers_map_the_corpus_themselves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "max_rows", "max_padding", "parts"),
+    ("lengths", "max_rows", "limits", "parts"),
     [
-        ([9] * 64, 99, 0.0, [(0, 64)]),  # 没有补齐
-        ([9] * 64, 40, 0.0, [(0, 40), (40, 64)]),
-        ([3] * 32 + [9] * 32, 99, 0.05, [(0, 32), (32, 64)]),
-        ([3] * 32 + [9] * 32, 99, 0.34, [(0, 64)]),  # 补齐恰好三分之一
-        ([3] * 16 + [9] * 48, 99, 0.05, [(0, 16), (16, 32), (32, 64)]),
-        ([*range(31)], 99, 0.05, [(0, 31)]),  # 再分就不足 16 段
-        ([0], 1, 0.05, [(0, 1)]),  # 多进程时的占位
+        ([9] * 64, 99, (0.0, 0), [(0, 64)]),  # 没有补齐
+        ([9] * 64, 40, (0.0, 0), [(0, 40), (40, 64)]),
+        ([3] * 32 + [9] * 32, 99, (0.05, 0), [(0, 32), (32, 64)]),
+        ([3] * 32 + [9] * 32, 99, (0.34, 0), [(0, 64)]),  # 补齐恰好三分之一
+        ([3] * 16 + [9] * 48, 99, (0.05, 0), [(0, 16), (16, 32), (32, 64)]),
+        ([*range(31)], 99, (0.05, 0), [(0, 31)]),  # 再分就不足 16 段
+        ([0], 1, (0.05, 0), [(0, 1)]),  # 多进程时的占位
+        ([3] * 32 + [9] * 32, 99, (0.05, 191), [(0, 32), (32, 64)]),  # 补齐 192 个
+        ([3] * 32 + [9] * 32, 99, (0.05, 192), [(0, 64)]),  # 省不下这么多
     ],
 )
-def test_only_padded_windows_are_split(lengths, max_rows, max_padding, parts):
-    assert split_rows(lengths, max_rows=max_rows, max_padding=max_padding) == parts
+def test_only_padded_windows_are_split(lengths, max_rows, limits, parts):
+    max_padding, min_padding = limits
+    assert parts == split_rows(
+        lengths, max_rows=max_rows, max_padding=max_padding, min_padding=min_padding
+    )
