@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from chitchat.corpus.encodings import detect_encoding
+from chitchat.corpus.formats import plain
 from chitchat.corpus.formats.base import Dialogue, ReadOptions
 from chitchat.corpus.reader import filter_dialogues, read_dialogues, read_source
 from chitchat.corpus.sources import find_sources
@@ -158,3 +159,19 @@ def test_filters_keep_order_and_count_after_filtering():
     assert keep(min_turns=2, max_turns=2) == [["b", "c"], ["b", "c"], ["g", "h"], ["b", "c"]]
     assert keep(drop_duplicates=True) == [["a"], ["b", "c"], ["d", "e", "f"], ["g", "h"]]
     assert keep(drop_duplicates=True, min_turns=2, max_dialogues=2) == [["b", "c"], ["d", "e", "f"]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blocks_break_nothing(size, newline, tmp_path, monkeypatch):
+    monkeypatch.setattr(plain, "BLOCK_CHARS", size)
+    lines = ["你好", "", "\u200b", " 在\t", "\ufeff嗯\ufe0f", "☀\ufe0f", "\t", "", "长" * 9, "末"]
+    path = tmp_path / "train.txt"
+    path.write_bytes(newline.join(lines).encode())
+    with path.open(encoding="utf-8") as file:
+        found = [(d.utterances, list(d.lines)) for d in plain.read_text(file, None, None)]
+    assert found == [
+        (["你好"], [1]),
+        (["在", "嗯\ufe0f", "☀\ufe0f"], [4, 5, 6]),
+        (["长" * 9, "末"], [9, 10]),
+    ]
