@@ -48,7 +48,7 @@ from chitchat.training.reporting import TrainingLog, save_loss_curve
 from chitchat.training.run import Run, overview
 from chitchat.training.run_folder import make_room, occupy, remove_old_checkpoints
 from chitchat.training.splitting import MAX_PADDING
-from chitchat.training.state import STATE_NAME, Progress, find_state, fingerprint
+from chitchat.training.state import Progress, find_state, fingerprint
 
 logger = logging.getLogger("chitchat.train")
 
@@ -159,8 +159,7 @@ def prepare_run(
         **{name: getattr(args, name) for name in (*CHOSEN_BY_AUTO, *UNCHANGEABLE)},
         **fingerprint(table, tokenizer, model),
     }
-    state_path = args.save_model_dir / STATE_NAME
-    saved = find_state(state_path, identity, processes) if args.resume else None
+    saved = find_state(args.save_model_dir, identity, processes) if args.resume else None
     plan = make_plan(args, model, loaders[0], processes, saved)
     identity |= {name: getattr(plan, name) for name in CHOSEN_BY_AUTO}
     if args.compile:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from chitchat.architecture import token_id_fields
 from chitchat.chat_template import wrap_tokenizer
+from chitchat.checksums import check_folder, write_checksums
 from chitchat.errors import UserError
 from chitchat.files import atomic_directory
 from chitchat.hub import explain_hub_error, is_hub_name
@@ -64,6 +65,7 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
         config = _read_valid_config(directory)
         weights = read_weights(directory)
         check_sizes(directory, config, weights)
+        _check_folder(directory)
     try:
         model, missing = _build(name_or_dir, config, weights)
     except (*UNREADABLE, SafetensorError) as error:
@@ -212,8 +214,17 @@ def save_checkpoint(
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
+        write_checksums(partial)
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8", newline="\n")
+
+
+def _check_folder(directory: Path) -> None:
+    """核对校验和；坏了的话，说出旁边还有哪些模型文件夹。"""
+    try:
+        check_folder(directory)
+    except UserError as error:
+        raise UserError(f"{error}{_list_checkpoints(directory.parent)}") from None
 
 
 def _check_model_dir(directory: Path) -> None:

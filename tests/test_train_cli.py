@@ -34,7 +34,7 @@ from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
 from chitchat.training import optimizer_choice, plan, reporting, run_folder
 from chitchat.training.run_folder import occupy
-from chitchat.training.state import STATE_NAME
+from chitchat.training.state import PREVIOUS_NAME, STATE_NAME
 from chitchat.training.updater import Updater
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
@@ -879,11 +879,34 @@ def saved_by_torch(value: object) -> bytes:
 )
 def test_broken_state_is_refused(content, run):
     folder = run(epochs=1)
+    (folder / PREVIOUS_NAME).unlink()
     (folder / STATE_NAME).write_bytes(content)
     with pytest.raises(UserError, match=rf"{STATE_NAME}.*--resume") as refused:
         run(epochs=2, resume=True)
     assert "\n" not in str(refused.value)
     assert "weights_only" not in str(refused.value)
+
+
+def test_damaged_state_goes_on_from_the_one_before(run, with_dropout, capsys):
+    whole, resumed = (run(name, **with_dropout) for name in ("whole", "resumed"))
+    state = resumed / STATE_NAME
+    state.write_bytes(state.read_bytes()[:-100])
+    run("resumed", resume=True, **with_dropout)
+    assert f"现在从前一次存下的 {resumed / PREVIOUS_NAME} 接着走" in capsys.readouterr().err
+    assert_same_outcome(resumed, whole)
+
+
+@pytest.mark.parametrize("part", ["model", "updater"])
+def test_state_with_tensors_of_other_shapes_is_refused(part, run):
+    folder = run(epochs=1)
+    (folder / PREVIOUS_NAME).unlink()
+    state = load_state_of(folder)
+    values = state["model"] if part == "model" else state["updater"]["optimizers"][0]["state"][0]
+    name = next(name for name, value in values.items() if value.ndim > 1)
+    values[name] = values[name][:1, :1].clone()
+    torch.save(state, folder / STATE_NAME)
+    with pytest.raises(UserError, match=r"形状不对.*--resume"):
+        run(epochs=2, resume=True)
 
 
 def test_only_the_newest_checkpoints_are_kept(run):

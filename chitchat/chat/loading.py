@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chitchat.chat.engine import Engine
 from chitchat.checkpoint import load_model
+from chitchat.checksums import check_folder
 from chitchat.cli import quiet_transformers
 from chitchat.errors import UserError
 from chitchat.weights import WRAPPERS, check_sizes
@@ -47,6 +48,7 @@ def _read_standard_folder(directory: Path) -> tuple[dict, dict[str, Tensor]] | N
         if config["model_type"] != "gpt2":
             return None
         check_sizes(directory, config, None)
+        check_folder(directory)
         weights = load_file(directory / "model.safetensors")
         return None if any(name.startswith(WRAPPERS) for name in weights) else (config, weights)
     except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chitchat.checksums import find_damage, is_same_size
 from chitchat.errors import UserError
 from chitchat.tokens.token_writer import META_NAME, OFFSETS_NAME, TOKENS_NAME, meta_path
 
@@ -87,6 +88,8 @@ def load_token_table(path: Path, vocab_size: int, vocab_fingerprint: str = "") -
         raise UserError(
             f"找不到训练数据 {path}：请先运行 python preprocess.py，或用 --train_path 指定"
         )
+    meta = _read_meta(meta_path(path)) if meta_path(path).is_file() else {}
+    is_ours = _check_damage(path, meta)
     dialogues = _load_lists(path)
     smallest = min(min(row) for row in dialogues)
     largest = max(max(row) for row in dialogues)
@@ -96,11 +99,10 @@ def load_token_table(path: Path, vocab_size: int, vocab_fingerprint: str = "") -
             "预处理和训练用的词表不同，请用同一个 --vocab_path 重新运行 python preprocess.py"
         )
     table = TokenTable.from_dialogues(dialogues, np.min_scalar_type(vocab_size - 1))
-    if meta_path(path).is_file():
-        meta = _read_meta(meta_path(path))
-        # 数目对不上，就是别的工具后来改写了 .pkl，那份说明不是它的。
-        if (meta.get("dialogues"), meta.get("tokens")) == (len(table), len(table.tokens)):
-            _check_vocab(path, meta, vocab_fingerprint)
+    # 旧版本的说明里没有校验和，只好看数目；对不上，就是别的工具后来改写的，那份说明不是它的。
+    counts = (meta.get("dialogues"), meta.get("tokens"))
+    if is_ours or ("files" not in meta and counts == (len(table), len(table.tokens))):
+        _check_vocab(path, meta, vocab_fingerprint)
     return table
 
 
@@ -141,8 +143,9 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
     advice = "请重新运行 python preprocess.py"
     try:
         table = _map_arrays(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"训练数据 {path} 已损坏（{error}）；{advice}") from error
+    except Exception as error:  # 损坏的文件头可以让 numpy 抛出各种异常
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"训练数据 {path} 已损坏（{reason}）；{advice}") from error
     tokens, offsets = table.tokens, table.offsets
     is_whole = (
         tokens.ndim == offsets.ndim == 1
@@ -155,12 +158,30 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
     )
     if not is_whole:
         raise UserError(f"训练数据 {path} 已损坏（两个数组对不上）；{advice}")
-    if meta.get("vocab_size", 0) > vocab_size:
+    are_ours = [_check_damage(path / name, meta) for name in (TOKENS_NAME, OFFSETS_NAME)]
+    is_known = all(are_ours) and isinstance(meta.get("vocab_size"), int)
+    largest = meta["vocab_size"] if is_known else int(tokens.max()) + 1
+    if largest > vocab_size:
         raise UserError(
-            f"{path} 是用 {meta['vocab_size']} 项的词表编码的，超出模型的词表大小 {vocab_size}："
+            f"{path} 是用 {largest} 项的词表编码的，超出模型的词表大小 {vocab_size}："
             "请用同一个 --vocab_path 重新运行 python preprocess.py"
         )
     return table
+
+
+def _check_damage(path: Path, meta: dict) -> bool:
+    """核对说明里记下的校验和；返回这个文件是不是说明里的那一个，还没有被别的工具改写。
+
+    Raises:
+        UserError: 已损坏。
+    """
+    files = meta.get("files")
+    described = files.get(path.name) if isinstance(files, dict) else None
+    if not isinstance(described, dict) or not is_same_size(path, described):
+        return False
+    if damage := find_damage(path, described):
+        raise UserError(f"训练数据 {path} 已损坏（{damage}）：请重新运行 python preprocess.py")
+    return True
 
 
 def _map_arrays(folder: Path) -> TokenTable:

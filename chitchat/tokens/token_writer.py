@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from chitchat.checksums import describe_files
 from chitchat.errors import UserError
 from chitchat.files import atomic_directory, atomic_file
 from chitchat.tokens.batch_encoder import EncodedBatch
@@ -140,6 +141,10 @@ def open_writer(path: Path, vocab_size: int, meta: dict) -> Iterator[TokenWriter
             writer = ListWriter(file)
             yield writer
             writer.finish()
+            file.flush()
+            files = describe_files([partial])
+            meta["files"] = {path.name: files[partial.name]}
+            meta_path(path).unlink(missing_ok=True)  # 是上一份的；断在这里的话，宁可没有
         with atomic_file(meta_path(path)) as partial:
             partial.write_text(_to_json(meta), encoding="utf-8")
         return
@@ -149,6 +154,7 @@ def open_writer(path: Path, vocab_size: int, meta: dict) -> Iterator[TokenWriter
             writer = TableWriter(partial, vocab_size, stack)
             yield writer
             writer.finish()
+        meta["files"] = describe_files([partial / TOKENS_NAME, partial / OFFSETS_NAME])
         (partial / META_NAME).write_text(_to_json(meta), encoding="utf-8")
 
 

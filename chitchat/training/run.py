@@ -17,7 +17,7 @@ from chitchat.files import atomic_file
 from chitchat.model_card import describe_model
 from chitchat.training.plan import Plan
 from chitchat.training.processes import Processes
-from chitchat.training.state import STATE_NAME, Progress
+from chitchat.training.state import PREVIOUS_NAME, STATE_NAME, Progress, check_tensors
 from chitchat.training.updater import Updater
 
 logger = logging.getLogger(__name__)
@@ -74,16 +74,20 @@ class Run:
             "updater": self.updater.state_dict(),
             "random_states": random_states,
         }
-        with atomic_file(self.folder / STATE_NAME) as partial:
+        path = self.folder / STATE_NAME
+        with atomic_file(path) as partial:
             torch.save(state, partial)
+            if path.is_file():
+                path.replace(self.folder / PREVIOUS_NAME)
 
     def restore(self, state: dict, *, peak_lr: float | None = None) -> None:
-        """把 load_state 读到的放回模型、优化器和随机数发生器，从那里接着走。
+        """把 find_state 读到的放回模型、优化器和随机数发生器，从那里接着走。
 
         Args:
-            state: load_state 的结果。
+            state: find_state 的结果。
             peak_lr: 新的学习率峰值，None 表示不变。
         """
+        check_tensors(state, self.model, self.updater.optimizers)
         self.model.load_state_dict(state["model"])
         self.updater.load_state_dict(state["updater"], peak_lr=peak_lr)
         self.plan = replace(self.plan, lr=self.updater.peak_lr)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = ".training.lock"
 # 一次训练留下的；别的（model/base、config*.json、用户自己的文件）从不动
 LEFT_BY_A_RUN = re.compile(
-    r"training_state(\.old\d+)?\.pt|epoch[0-9]+|min_ppl_model|runs|loss\.png"
+    r"training_state(\.old\d+|\.previous)?\.pt|epoch[0-9]+|min_ppl_model|runs|loss\.png"
 )
 
 

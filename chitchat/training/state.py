@@ -6,13 +6,18 @@ import hashlib
 import json
 import logging
 import math
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
+from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 
+from chitchat.cli import notify
 from chitchat.errors import UserError
 from chitchat.tokens.token_table import TokenTable
 from chitchat.tokens.tokenizer import vocab_text
@@ -22,6 +27,7 @@ from chitchat.training.processes import Processes
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
+PREVIOUS_NAME = "training_state.previous.pt"  # 上一次存下的；最新的坏了，就从它接着走
 STATE_KEYS = ("progress", "model", "updater", "random_states")
 
 
@@ -110,33 +116,70 @@ def fingerprint(table: TokenTable, tokenizer: Tokenizer, model: GPT2LMHeadModel)
     return {"train_path": corpus.hexdigest(), **hashes}
 
 
-def find_state(path: Path, identity: dict, processes: Processes) -> dict | None:
-    """读训练状态，没有时是 None；只有主进程读文件，别的机器上不必有它。参数同 load_state。"""
-    state = processes.share(lambda: load_state(path, identity) if path.is_file() else None)
+class DamagedStateError(UserError):
+    """训练状态的文件坏了，读不出来。"""
+
+
+def find_state(folder: Path, identity: dict, processes: Processes) -> dict | None:
+    """读最新的完好的训练状态，没有时是 None；只有主进程读文件，别的机器上不必有它。
+
+    Args:
+        folder: 训练状态所在的文件夹。
+        identity: 续训时不能变的选项和指纹；值是 ``auto`` 的，存下的是什么都行。
+        processes: 进程分工。
+
+    Raises:
+        UserError: 文件都坏了，或不能变的选项变了（指出是哪一个）。
+    """
+
+    def load() -> dict | None:
+        paths = [folder / name for name in (STATE_NAME, PREVIOUS_NAME)]
+        for path in (found := [path for path in paths if path.is_file()]):
+            try:
+                state = read_state(path)
+            except DamagedStateError as error:
+                if path == found[-1]:
+                    raise
+                notify(f"{error}；现在从前一次存下的 {found[-1]} 接着走")
+                continue
+            check_identity(path, state["identity"], identity)
+            return state
+        return None
+
+    state = processes.share(load)
     if state is None:
-        logger.info("resume: no %s, starting afresh", path)
+        logger.info("resume: no %s, starting afresh", folder / STATE_NAME)
     return state
 
 
-def load_state(path: Path, identity: dict) -> dict:
-    """读训练状态，并确认这次的选项与上次相同。
-
-    Args:
-        path: Run.save_state 写的文件。
-        identity: 续训时不能变的选项和指纹；值是 ``auto`` 的，存下的是什么都行。
+def read_state(path: Path) -> dict:
+    """读一个训练状态，核对校验和。
 
     Raises:
-        UserError: 文件损坏，或不能变的选项变了（指出是哪一个）。
+        DamagedStateError: 文件坏了。
+        UserError: 不是这个版本写的。
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save 写的是 zip，每一项都有 CRC-32
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = dict(state["identity"])
-        is_whole = set(state) == {*STATE_KEYS, "identity"} and set(saved) == set(identity)
+        is_whole = set(state) == {*STATE_KEYS, "identity"}
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # 文件坏在哪里，torch 抛出的异常就各种各样
-        raise UserError(f"训练状态 {path} 已损坏：请删去它，去掉 --resume 重新训练") from error
+    except Exception as error:  # 文件坏在哪里，抛出的异常就各种各样
+        raise DamagedStateError(
+            f"训练状态 {path} 已损坏：请删去它，再用 --resume；没有别的状态就会从头训练"
+        ) from error
     if not is_whole:
+        raise UserError(f"{path} 不是这个版本的训练状态：请删去它，去掉 --resume 重新训练")
+    return state
+
+
+def check_identity(path: Path, saved: object, identity: dict) -> None:
+    """确认不能变的选项与上次相同；参数同 find_state。"""
+    if not isinstance(saved, dict) or set(saved) != set(identity):
         raise UserError(f"{path} 不是这个版本的训练状态：请删去它，去掉 --resume 重新训练")
     for name, value in identity.items():
         if value not in (saved.get(name), "auto"):
@@ -147,4 +190,26 @@ def load_state(path: Path, identity: dict) -> dict:
                 f"不能接着 {path} 训练：--{name} {was}；请改回去，"
                 "或去掉 --resume、换一个 --save_model_path 重新训练"
             )
-    return state
+
+
+def check_tensors(state: dict, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """确认权重和优化器里各个张量的形状与现在的模型一致：形状不对的，torch 会越界读写。
+
+    Raises:
+        UserError: 有一个不一致。
+    """
+    advice = "它与这个模型不符：请删去它，去掉 --resume 重新训练"
+    try:
+        found = {name: tensor.shape for name, tensor in state["model"].items()}
+        saved = state["updater"]["optimizers"]
+        is_same = found == {name: tensor.shape for name, tensor in model.state_dict().items()}
+        is_same &= len(saved) == len(optimizers)
+        for optimizer, own in zip(optimizers, saved, strict=False):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, values in own["state"].items():
+                tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+                is_same &= all(t.ndim == 0 or t.shape == params[index].shape for t in tensors)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"训练状态里缺少东西（{error!r}）：{advice}") from error
+    if not is_same:
+        raise UserError(f"训练状态里张量的形状不对：{advice}")

@@ -25,7 +25,7 @@ import trainer_loop  # noqa: E402
 from stopwatch import Stopwatch  # noqa: E402
 
 from chitchat.cli import quiet_transformers  # noqa: E402
-from chitchat.devices import select_devices  # noqa: E402
+from chitchat.devices import has_fast_bf16, select_devices  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
 from chitchat.training.loss import LossModule  # noqa: E402
 from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
@@ -99,8 +99,8 @@ def run_variant(args):
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.variant == "rate":
-        rates = {str(d)[6:]: matrix_rate(device, d) for d in (torch.float32, torch.bfloat16)}
-        print(json.dumps(rates))
+        dtypes = [torch.float32, *[torch.bfloat16] * has_fast_bf16(device)]
+        print(json.dumps({str(dtype)[6:]: matrix_rate(device, dtype) for dtype in dtypes}))
         return
     model = our_loop.build_model(args.model_config, device)
     if args.variant in ("trainer", "reference", "reference_equal"):

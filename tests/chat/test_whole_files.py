@@ -78,6 +78,23 @@ def test_a_file_gets_one_reply_per_dialogue_and_resumes(
     assert not part.exists()
 
 
+def test_a_damaged_batch_is_made_again(make_bot, dialogues_path, tmp_path, monkeypatch, capsys):
+    whole, resumed = tmp_path / "whole.txt", tmp_path / "resumed.txt"
+    answer(make_bot(), dialogues_path, whole)
+    part = tmp_path / "resumed.txt.part"
+    for index in range(0, 40, 3):
+        answer_and_stop(monkeypatch, 2, make_bot(), dialogues_path, resumed)
+        done = part.read_bytes()
+        start = done.index(b"\n") + 1
+        damaged = bytearray(done)
+        damaged[start + index % (len(done) - start)] ^= 1 << index % 8
+        part.write_bytes(damaged)
+        answer(make_bot(), dialogues_path, resumed)
+        assert resumed.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
+        resumed.unlink()
+    assert capsys.readouterr().err.count("已损坏，那一批重新做") > 5
+
+
 def test_without_a_seed_the_rest_uses_the_seed_of_the_first_part(
     make_bot, dialogues_path, tmp_path, monkeypatch
 ):

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from chitchat.checksums import checksum
+from chitchat.cli import notify
 from chitchat.errors import UserError
 from chitchat.files import atomic_file
 
 
 class PartialReplies:
-    """做到一半的回复：第一行是由什么做出来的，以后每行一批，都是 JSON。
+    """做到一半的回复：第一行是由什么做出来的，以后每行一批，都是 JSON、TAB 和它的校验和。
 
     Attributes:
         path: 文件；有了第一批回复才出现。
@@ -24,7 +26,7 @@ class PartialReplies:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object], seed: int | None) -> None:
-        """读出已有的回复；末尾没写完的一批不算。
+        """读出已有的回复；末尾没写完的、校验和不对的一批不算，会重新做。
 
         Raises:
             UserError: 文件不是这个程序写的，或由别的输入、选项做出来；文件不变。
@@ -42,14 +44,15 @@ class PartialReplies:
                     "要接着做，请用原来的输入和选项；要重新做，请先删去它"
                 )
         size = sum(map(len, lines[:1]))
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 2):
             if not line.endswith(b"\n"):
                 os.truncate(path, size)
                 break
-            try:
-                self.replies.update(json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise _foreign(path) from error
+            text, _, saved = line.strip().partition(b"\t")
+            if checksum(text) == saved.decode("latin-1"):
+                self.replies.update(json.loads(text))
+            else:
+                notify(f"{path} 第 {number} 行已损坏，那一批重新做")
             size += len(line)
         self._file: TextIO | None = None
 
@@ -61,7 +64,8 @@ class PartialReplies:
                 with atomic_file(self.path) as unfinished:
                     unfinished.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
-        self._file.write(json.dumps(batch, ensure_ascii=False) + "\n")
+        text = json.dumps(batch)
+        self._file.write(f"{text}\t{checksum(text.encode())}\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -1,0 +1,154 @@
+"""损坏：每种后来要信的文件，随便哪一位翻转了，都看得出来，或者读出来的仍是原样。"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chitchat.chat.loading import load_engine
+from chitchat.checkpoint import load_model, save_checkpoint
+from chitchat.checksums import CHECKSUMS_NAME, file_checksum
+from chitchat.errors import UserError
+from chitchat.tokens.batch_encoder import EncodedBatch
+from chitchat.tokens.token_table import load_token_table
+from chitchat.tokens.token_writer import open_writer
+from chitchat.training.processes import Processes
+from chitchat.training.state import PREVIOUS_NAME, STATE_NAME, find_state
+
+NUM_FLIPS = 40
+CPU = torch.device("cpu")
+
+
+def flips(path: Path, seed: int = 0, number: int = NUM_FLIPS):
+    """逐次翻转一位，用完恢复原样。"""
+    whole = path.read_bytes()
+    rng = random.Random(seed)
+    for _ in range(number):
+        index, bit = rng.randrange(len(whole)), rng.randrange(8)
+        damaged = bytearray(whole)
+        damaged[index] ^= 1 << bit
+        path.write_bytes(damaged)
+        yield index
+    path.write_bytes(whole)
+
+
+def test_checksum_is_that_of_the_whole_file(tmp_path):
+    data = random.Random(0).randbytes(3_000_000)
+    (tmp_path / "a").write_bytes(data)
+    assert file_checksum(tmp_path / "a") == f"{zlib.crc32(data):08x}"
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [("train.pkl", "train.pkl"), ("train", "train/tokens.npy"), ("train", "train/offsets.npy")],
+)
+def test_flipped_bits_in_training_data_are_noticed(name, damaged, tmp_path):
+    rows = [[101, *np.random.default_rng(i).integers(200, 9000, 20), 102] for i in range(50)]
+    with open_writer(tmp_path / name, 13317, {"vocab_size": 13317}) as writer:
+        writer.write(EncodedBatch.from_rows(rows))
+    assert len(load_token_table(tmp_path / name, 13317)) == 50
+    for _ in flips(tmp_path / damaged):
+        with pytest.raises(UserError, match=r"已损坏.*重新运行 python preprocess.py"):
+            load_token_table(tmp_path / name, 13317)
+    assert len(load_token_table(tmp_path / name, 13317)) == 50
+
+
+def test_training_data_of_other_tools_is_read_as_before(tmp_path):
+    path = tmp_path / "train.pkl"
+    with open_writer(path, 13317, {}) as writer:
+        writer.write(EncodedBatch.from_rows([[101, 200, 102]]))
+    path.write_bytes(pickle.dumps([[101, 201, 202, 102]]))  # 别的工具改写了，说明还是旧的
+    assert load_token_table(path, 13317)[0].tolist() == [101, 201, 202, 102]
+
+
+def test_table_without_checksums_is_looked_through(tmp_path):
+    folder = tmp_path / "train"
+    with open_writer(folder, 13317, {"vocab_size": 13317}) as writer:
+        writer.write(EncodedBatch.from_rows([[101, 13316, 102]]))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["files"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert load_token_table(folder, 13317)[0].tolist() == [101, 13316, 102]
+    with pytest.raises(UserError, match="13317 项"):
+        load_token_table(folder, 13316)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_model, tokenizer) -> Path:
+    save_checkpoint(tmp_path / "epoch1", make_model(), tokenizer, card="说明")
+    shutil.copytree(tmp_path / "epoch1", tmp_path / "epoch2")
+    return tmp_path / "epoch1"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.txt"]
+)
+def test_flipped_bits_in_a_checkpoint_are_noticed(name, checkpoint):
+    for _ in flips(checkpoint / name):
+        with pytest.raises(UserError, match=r"epoch1"):
+            load_engine(str(checkpoint), precision="fp32", device=CPU)
+    for _ in flips(checkpoint / name, number=4):
+        with pytest.raises(UserError, match=r"epoch1"):
+            load_model(str(checkpoint))
+    load_engine(str(checkpoint), precision="fp32", device=CPU)
+
+
+def test_damaged_checkpoint_offers_the_others_and_the_way_out(checkpoint):
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"bos_token_id": 101', '"bos_token_id": 102'))
+    with pytest.raises(UserError) as error:
+        load_engine(str(checkpoint), precision="fp32", device=CPU)
+    assert "config.json 已损坏" in str(error.value)
+    assert str(checkpoint.parent / "epoch2") in str(error.value)
+    assert f"删去 {checkpoint / CHECKSUMS_NAME}" in str(error.value)
+    (checkpoint / CHECKSUMS_NAME).unlink()  # 照着做
+    load_engine(str(checkpoint), precision="fp32", device=CPU)
+
+
+def test_the_card_may_be_edited(checkpoint):
+    (checkpoint / "README.md").write_text("我的模型")
+    load_engine(str(checkpoint), precision="fp32", device=CPU)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config.json": 1}', ""])
+def test_damaged_checksums_are_explained(content, checkpoint):
+    (checkpoint / CHECKSUMS_NAME).write_text(content)
+    with pytest.raises(UserError, match=f"删去 .*{CHECKSUMS_NAME}"):
+        load_model(str(checkpoint))
+
+
+def write_state(path: Path, value: float) -> dict:
+    names = ("progress", "model", "updater", "random_states")
+    state = {name: {"values": torch.full((500,), value)} for name in names}
+    torch.save({**state, "identity": {"seed": 0}}, path)
+    return state
+
+
+def test_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
+    write_state(tmp_path / PREVIOUS_NAME, 1.0)
+    write_state(tmp_path / STATE_NAME, 2.0)
+    values = [
+        find_state(tmp_path, {"seed": 0}, Processes())["model"]["values"]
+        for _ in flips(tmp_path / STATE_NAME, number=150)
+    ]
+    found = {value.unique().item() for value in values}
+    assert found <= {1.0, 2.0}  # 翻转的若是 zip 里无关紧要的一位，读出的仍是原样
+    num_noticed = sum(value[0].item() == 1.0 for value in values)
+    assert num_noticed > 100
+    message = capsys.readouterr().err
+    assert message.count(f"现在从前一次存下的 {tmp_path / PREVIOUS_NAME} 接着走") == num_noticed
+
+
+def test_two_damaged_states_are_one_sentence(tmp_path):
+    for name in (STATE_NAME, PREVIOUS_NAME):
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"训练状态 .* 已损坏"):
+        find_state(tmp_path, {"seed": 0}, Processes())
