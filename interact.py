@@ -40,6 +40,7 @@ from chitchat.devices import select_devices
 from chitchat.errors import UserError
 from chitchat.interrupts import exits_on_signal
 from chitchat.tokens.tokenizer import vocab_fingerprint
+from chitchat.visible import visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -303,9 +304,11 @@ def chat(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOption
         options,
         transcript,
         random.Random(args.seed),
-        show=lambda piece: print(piece, end="", flush=True),
+        show=lambda piece: print(visible(piece), end="", flush=True),
         # 不在终端里时，标准输出除了问候只有回复。
-        tell=lambda text: print(text, file=sys.stdout if is_terminal else sys.stderr, flush=True),
+        tell=lambda text: print(
+            visible(text), file=sys.stdout if is_terminal else sys.stderr, flush=True
+        ),
         stop_key=stop_key if is_terminal else no_stop_key,
         is_debug=args.debug,
     )

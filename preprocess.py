@@ -44,6 +44,7 @@ from chitchat.tokens.vocabulary_learning import (
     learn_vocab,
     save_vocab,
 )
+from chitchat.visible import visible
 
 logger = logging.getLogger("chitchat.preprocess")
 
@@ -231,9 +232,9 @@ def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> Statistics:
         result.add([dialogue for _, dialogue in batch], encoded)
         for (source, dialogue), token_ids in zip(batch, encoded.rows(), strict=True):
             findings.add(dialogue, token_ids, source.name)
-    print("\n".join(corpus.summary()))
+    print(visible("\n".join(corpus.summary())))
     check_not_empty(corpus, result)
-    print("\n".join(findings.report(corpus.tallies)))
+    print(visible("\n".join(findings.report(corpus.tallies))))
     return result
 
 
@@ -255,7 +256,7 @@ def save(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> Stat
         check_not_empty(corpus, result)
         meta["dialogues"] = result.num_dialogues
         meta["utterances"], meta["tokens"] = result.num_utterances, result.num_tokens
-    print("\n".join(corpus.summary()))
+    print(visible("\n".join(corpus.summary())))
     for warning in (text for tally in corpus.tallies for text in tally.warnings):
         logger.warning("%s", warning)
     return result
@@ -266,7 +267,7 @@ def list_speakers(corpus: Corpus) -> None:
     for _ in corpus:
         pass
     for source, tally in zip(corpus.sources, corpus.tallies, strict=False):
-        print("\n".join([*describe_source(source, tally), *speaker_lines(tally)]))
+        print(visible("\n".join([*describe_source(source, tally), *speaker_lines(tally)])))
 
 
 def check_not_empty(corpus: Corpus, result: Statistics) -> None:

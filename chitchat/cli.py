@@ -20,8 +20,12 @@ from tqdm import tqdm
 
 from chitchat.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from chitchat.interrupts import exit_at_once
+from chitchat.visible import one_visible_line, visible
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+MAX_INT = 2**53  # 再大的整数，乘除时就不准了，也没有用处
 
 
 class CliParser(argparse.ArgumentParser):
@@ -43,6 +47,7 @@ class CliParser(argparse.ArgumentParser):
             ("argument ", "参数 "),
         ):
             message = message.replace(english, chinese)
+        message = visible(message)
         self.exit(EXIT_BAD_INPUT, f"错误：{message}。用 python {self.prog} --help 查看全部参数\n")
 
 
@@ -59,15 +64,17 @@ def bounded(
         kind: ``int`` 或 ``float``。
         minimum: 允许的最小值（含）；None 表示不限。
         above: 必须大于的值（不含）；None 表示不限。
-        maximum: 允许的最大值（含）；None 表示不限。
+        maximum: 允许的最大值（含）；None 表示不限，整数不超过 MAX_INT。
 
     Returns:
         把字符串变成数值的函数；不合法时抛出 ``argparse.ArgumentTypeError``。
     """
+    if kind is int and maximum is None:
+        maximum = MAX_INT
     limits = [
         f"{text} {limit:g}"
         for text, limit in (("不小于", minimum), ("大于", above), ("不大于", maximum))
-        if limit is not None
+        if limit is not None and limit != MAX_INT
     ]
     wanted = ("整数" if kind is int else "数值") + ("，" if limits else "") + "且".join(limits)
 
@@ -120,18 +127,25 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
 
 def _complain(sentence: str) -> int:
     """在标准错误输出一句话，返回表示输入有误的退出码。"""
-    sys.stderr.write(f"错误：{sentence}\n")
+    sys.stderr.write(f"错误：{visible(sentence)}\n")
     return EXIT_BAD_INPUT
 
 
 def _warn(sentence: str) -> None:
     """在标准错误提醒一句，程序照常运行。"""
-    tqdm.write(f"警告：{sentence}", file=sys.stderr)
+    tqdm.write(f"警告：{visible(sentence)}", file=sys.stderr)
 
 
 def notify(sentence: str) -> None:
     """在标准错误告诉用户一件他没有要求、但应当知道的事。"""
-    tqdm.write(f"提示：{sentence}", file=sys.stderr)
+    tqdm.write(f"提示：{visible(sentence)}", file=sys.stderr)
+
+
+class _LineFormatter(logging.Formatter):
+    """一条日志一行，不管里面的文字是什么。"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_visible_line(super().format(record))
 
 
 class _TqdmHandler(logging.StreamHandler):
@@ -189,7 +203,7 @@ def configure_logging(
             reason = error.strerror or error
             _warn(f"日志 {log_path} 打不开（{reason}），这次不写日志；可用 --log_path 换个地方")
     for handler in handlers or [logging.NullHandler()]:
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        handler.setFormatter(_LineFormatter(LOG_FORMAT))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -77,7 +77,9 @@ ARROWS = {
     "chat": {"ground", "tokens", "model"},
 }
 LAYER_OF_MODULE = {
-    **dict.fromkeys(("errors", "cli", "files", "devices", "interrupts", "checksums"), "ground"),
+    **dict.fromkeys(
+        ("errors", "cli", "files", "devices", "interrupts", "checksums", "visible"), "ground"
+    ),
     **dict.fromkeys(
         ("architecture", "checkpoint", "chat_template", "hub", "model_card", "weights"), "model"
     ),

@@ -9,6 +9,7 @@ import importlib
 import lzma
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple
@@ -122,6 +123,8 @@ def _open_tar(path: Path, opener: Callable[[BinaryIO], BinaryIO]) -> list[Part]:
     with path.open("rb") as raw, _explaining(path), tarfile.open(fileobj=opener(raw)) as archive:
         names = [member.name for member in archive if member.isfile() and _wanted(member.name)]
 
+    _refuse_repeated(path, names)
+
     def open_member(raw: BinaryIO, name: str) -> BinaryIO:
         return tarfile.open(fileobj=opener(raw)).extractfile(name)
 
@@ -171,7 +174,18 @@ def _open_zip(path: Path) -> list[Part]:
                 f"（{zipfile.compressor_names.get(member.compress_type, member.compress_type)}）："
                 "请先用解压软件解开"
             )
+    _refuse_repeated(path, [member.filename for member in wanted])
     return _parts(path, [m.filename for m in wanted], lambda raw, n: zipfile.ZipFile(raw).open(n))
+
+
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    """同一个名字的两个文件，按名字只取得到后一个。"""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{path} 里有 {names.count(repeated[0])} 个都叫 {repeated[0]} 的文件，不知道该读哪个："
+            "请先解压，改成不同的名字"
+        )
 
 
 def _find_zstd(path: Path) -> Callable[[BinaryIO], BinaryIO]:

@@ -24,6 +24,7 @@ from chitchat.corpus.encodings import detect_encoding, find_mixed_line
 from chitchat.corpus.generated import chunk_paths
 from chitchat.errors import UserError
 
+MAX_LINE_BYTES = 16 << 20  # 读文字时一行最长多少字节
 SAMPLE_BYTES = 1 << 14  # 认编码时看多少
 _MARK = "\udc80"  # 合法的文字里不会有单独的代理码
 _SPOOLED: set[Path] = set()  # 标准输入存成的临时文件
@@ -56,18 +57,25 @@ class Source:
     is_listed: bool = True
 
     @contextlib.contextmanager
-    def open(self, report: Callable[[int], None] = lambda position: None) -> Iterator[TextIO]:
+    def open(
+        self,
+        report: Callable[[int], None] = lambda position: None,
+        *,
+        is_one_line: bool = False,
+    ) -> Iterator[TextIO]:
         r"""以文字打开；只有 \n、\r、\r\n 是换行，U+0085、U+2028 等是普通字符，BOM 被去掉。
 
         Args:
             report: 每读一块就以磁盘文件已读的字节数调用一次。
+            is_one_line: 是整个 JSON，一行可以任意长；否则长过 MAX_LINE_BYTES 的行会耗尽内存。
 
         Raises:
-            UserError: 读到不合编码的字节（指出文件和行号），或压缩包已损坏。
+            UserError: 读到不合编码的字节（指出文件和行号），一行太长，或压缩包已损坏。
         """
         try:
             with self.path.open("rb") as raw:
-                stream = _Reporting(self.open_bytes(raw), lambda: report(raw.tell()))
+                limit = None if is_one_line else MAX_LINE_BYTES
+                stream = _Reporting(self.open_bytes(raw), lambda: report(raw.tell()), limit)
                 with io.TextIOWrapper(io.BufferedReader(stream), self.encoding) as text:
                     yield text
         except UnicodeDecodeError as error:
@@ -102,11 +110,15 @@ class Source:
 
 
 class _Reporting(io.RawIOBase):
-    """每读一块就汇报一次的字节流。"""
+    """每读一块就汇报一次的字节流；一行超过 max_line 个字节就不再读，None 表示不限。"""
 
-    def __init__(self, stream: BinaryIO, report: Callable[[], None]) -> None:
+    def __init__(
+        self, stream: BinaryIO, report: Callable[[], None], max_line: int | None = None
+    ) -> None:
         self.stream = stream
         self.report = report
+        self.max_line = max_line
+        self.line_bytes = 0  # 最后一个换行之后有多少字节
 
     def readable(self) -> bool:
         return True
@@ -114,6 +126,14 @@ class _Reporting(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         chunk = self.stream.read(len(buffer))
         buffer[: len(chunk)] = chunk
+        if self.max_line is not None:
+            end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r"))
+            self.line_bytes = len(chunk) - end - 1 + (self.line_bytes if end < 0 else 0)
+            if self.line_bytes > self.max_line:
+                raise UserError(
+                    f"有一行超过 {self.max_line >> 20} MB，不像一句话："
+                    "请检查文件，或改成一行一句、空行分隔的文本"
+                )
         self.report()
         return len(chunk)
 

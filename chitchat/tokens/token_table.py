@@ -128,12 +128,19 @@ def _load_lists(path: Path) -> list[list[int]]:
         raise UserError(
             f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，发现 {error}；{advice}"
         ) from error
+    if isinstance(dialogues, list) and _count_tokens(dialogues) > path.stat().st_size:
+        # 每个 token 在文件里至少一字节；多出来的是反复引用同一个列表，会撑爆内存
+        raise UserError(f"{path} 里的列表反复引用同一个列表，不是 preprocess.py 写的；{advice}")
     is_nested_list = isinstance(dialogues, list) and all(isinstance(row, list) for row in dialogues)
     if not is_nested_list or not all(type(token) is int for row in dialogues for token in row):
         raise UserError(f"{path} 的内容不是 list[list[int]]；{advice}")
     if all(len(row) < 2 for row in dialogues):  # 只有 [CLS]，没有要预测的 token
         raise UserError(f"{path} 里没有对话；请检查 preprocess.py 的 --train_path 指向的语料")
     return [row for row in dialogues if row]
+
+
+def _count_tokens(dialogues: list) -> int:
+    return sum(len(row) for row in dialogues if isinstance(row, list))
 
 
 def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTable:

@@ -88,6 +88,9 @@ def _prepare(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+MAX_VOCAB_BYTES = 256 << 20
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """读入分词器。
 
@@ -140,7 +143,13 @@ def _split_lines(text: str) -> list[str]:
 
 def _read_text(path: Path) -> str:
     """读 UTF-8 文件，去掉 BOM，不改动换行。"""
+    if not path.is_file():  # 设备、管道没有尽头
+        raise UserError(f"{path} 不是普通文件：请用 --vocab_path 指定 vocab.txt 或含有它的文件夹。")
     try:
+        if path.stat().st_size > MAX_VOCAB_BYTES:
+            raise UserError(
+                f"{path} 有 {path.stat().st_size:,} 字节，不像词表：请用 --vocab_path 指定它。"
+            )
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(

@@ -92,8 +92,13 @@ def test_folder_holds_the_same_ids_as_the_pickle(run, tmp_path):
     tokens, offsets = (np.load(tmp_path / "table" / f"{n}.npy") for n in ("tokens", "offsets"))
     assert tokens.tolist() == [token for row in rows for token in row]
     assert offsets.tolist() == [0, *np.cumsum([len(row) for row in rows]).tolist()]
-    notes = [tmp_path / "train.pkl.json", tmp_path / "table" / "meta.json"]
-    assert len({path.read_text(encoding="utf-8") for path in notes}) == 1
+    paths = [tmp_path / "train.pkl.json", tmp_path / "table" / "meta.json"]
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    assert [sorted(note.pop("files")) for note in notes] == [
+        ["train.pkl"],
+        ["offsets.npy", "tokens.npy"],
+    ]
+    assert notes[0] == notes[1]
 
 
 def test_learned_vocabulary_keeps_letters_and_is_used_at_once(run, tmp_path):

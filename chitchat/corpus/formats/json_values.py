@@ -15,13 +15,19 @@ from ijson.common import ObjectBuilder
 
 from chitchat.errors import UserError
 
+MAX_DEPTH = 500  # 一块里净多出这么多层括号，就不是对话，只会耗尽内存
 MAX_EVENTS = 30_000  # 看结构时最多看多少个记号
 _LONE_SURROGATE = re.compile(
     r"(?<!\\)(?:\\\\)*\\u(?:[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u)[dD][c-fC-F][0-9a-fA-F]{2})"
 )
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _SPACE = " \t\r\n\ufeff"
 _BROKEN = (ijson.JSONError, ValueError, RecursionError, IndexError)
+
+
+class TooDeepError(ValueError):
+    """JSON 套得太深。"""
 
 
 @dataclass
@@ -64,10 +70,26 @@ class Utf8Bytes:
         if "\\u" in text or "\\u" in self.tail:
             check_surrogates(self.tail + (text or " " * 12), start=8 if len(self.tail) == 40 else 0)
         self.tail = (self.tail + text)[-40:]
+        check_depth(text)
         try:
             return text.encode()
         except UnicodeEncodeError as error:
             raise UserError("JSON 里有不成对的代理码：请改正或去掉") from error
+
+
+def check_depth(text: str) -> None:
+    """一块文字里净多出的括号不能太多；字符串里的括号不算。
+
+    Raises:
+        TooDeepError: 套得太深。
+    """
+    # 先粗看，绝大多数到此为止
+    if _net_brackets(text) > MAX_DEPTH and _net_brackets(_STRING.sub("", text)) > MAX_DEPTH:
+        raise TooDeepError
+
+
+def _net_brackets(text: str) -> int:
+    return sum(map(text.count, "[{")) - sum(map(text.count, "]}"))
 
 
 def check_surrogates(text: str, start: int = 0) -> None:
@@ -151,6 +173,8 @@ def explained() -> Iterator[None]:
 
 
 def _explain_syntax(error: Exception) -> str:
+    if isinstance(error, TooDeepError):
+        return f"JSON 套了 {MAX_DEPTH} 层以上，不像对话：请检查文件，或用 --format 指定格式"
     reason, _, drawing = str(error).partition("\n")
     if "premature EOF" in reason:
         return "JSON 不完整，后半截没有了：请重新下载或导出"
