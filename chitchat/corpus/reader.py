@@ -59,8 +59,7 @@ def read_source(
         else:
             tally.format, tally.why = options.format, "由 --format 指定"
         found = format_of(tally.format)
-        is_json = head.json is not None and not head.json.is_lines
-        with source.open(report, is_one_line=is_json) as file:
+        with source.open(report, is_one_line=head.starts_like_json) as file:
             items = iter(found.read(file, options, head))
             first = next(items, None)
             tally.is_log = found.is_log or isinstance(first, Message)

@@ -67,7 +67,7 @@ class Source:
 
         Args:
             report: 每读一块就以磁盘文件已读的字节数调用一次。
-            is_one_line: 是整个 JSON，一行可以任意长；否则长过 MAX_LINE_BYTES 的行会耗尽内存。
+            is_one_line: 像 JSON，一行可以任意长；否则不许长过 MAX_LINE_BYTES，那会耗尽内存。
 
         Raises:
             UserError: 读到不合编码的字节（指出文件和行号），一行太长，或压缩包已损坏。

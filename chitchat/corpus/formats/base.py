@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,14 +52,17 @@ class Head:
         name: 给用户看的文件名。
         suffix: 小写的后缀。
         text: 前面 HEAD_CHARS 个字符。
+        starts_like_json: 以括号开头；整个 JSON 常常只有一行，多长都可以。
     """
 
     def __init__(self, name: str, suffix: str, open_text: Callable) -> None:
         self.name = name
         self.suffix = suffix
-        self.open_text = open_text
         with open_text() as file:
             self.text: str = file.read(HEAD_CHARS)
+        first = next((line for line in self.lines if line[0] != "#"), "")  # JSONL 里可以有注释
+        self.starts_like_json = first.lstrip("\ufeff").startswith(("{", "["))
+        self.open_text = functools.partial(open_text, is_one_line=self.starts_like_json)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -68,8 +72,7 @@ class Head:
     @cached_property
     def json(self) -> JsonShape | None:
         """像 JSON 时，它的大致结构；不像时是 None。"""
-        first = next((line for line in self.lines if line[0] != "#"), "")  # JSONL 里可以有注释
-        if not first.lstrip("\ufeff").startswith(("{", "[")):
+        if not self.starts_like_json:
             return None
         with self.open_text() as file:
             shape = read_shape(file)

@@ -1,0 +1,137 @@
+"""有意捣乱的输入：一句话说清楚，时间和内存都有限；终端和日志不被它带坏。"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import pickle
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import preprocess
+from chitchat import cli
+from chitchat.corpus import sources
+from chitchat.corpus.reader import read_dialogues
+from chitchat.errors import UserError
+from chitchat.tokens.token_table import load_token_table
+from chitchat.tokens.tokenizer import load_tokenizer
+from chitchat.visible import one_visible_line, visible
+
+
+def read(path: Path) -> list[list[str]]:
+    return list(read_dialogues(path))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1"])
+@pytest.mark.parametrize("before", ["", '[["你好","好"],'])
+def test_deep_json_takes_little_memory(content, before, tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text(before + content, encoding="utf-8")
+    tracemalloc.start()
+    with pytest.raises(UserError, match="JSON 套了"):
+        read(path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_brackets_in_messages_are_not_depth(tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text('[["' + "[" * 5000 + '","\\"' + "{" * 5000 + '"]]', encoding="utf-8")
+    assert read(path) == [["[" * 5000, '"' + "{" * 5000]]
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "bomb.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write("你好\n好\n\n".encode())
+        for _ in range(64):
+            file.write(b"a" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bomb.txt.gz：有一行超过 1 MB"):
+        read(path)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r", "\r\n"])
+def test_long_files_of_short_lines_are_read(newline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "train.txt"
+    path.write_bytes(newline.join(["你好" * 100, "好", ""] * 2000).encode())
+    assert read(path) == [["你好" * 100, "好"]] * 2000
+
+
+def test_one_line_of_json_may_be_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 18)
+    path = tmp_path / "talk.json"
+    path.write_text("[" + ",".join(['["你好","好"]'] * 50_000) + "]", encoding="utf-8")
+    assert path.stat().st_size > 2 * sources.MAX_LINE_BYTES
+    assert len(read(path)) == 50_000
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_files_of_one_name_in_a_zip_are_refused(tmp_path):
+    path = tmp_path / "talk.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for text in ("第一份\n好\n", "第二份\n好\n"):
+            archive.writestr("a.txt", text)
+    with pytest.raises(UserError, match=r"2 个都叫 a.txt 的文件"):
+        read(path)
+
+
+def test_shared_lists_in_a_pickle_are_refused(tmp_path):
+    path = tmp_path / "train.pkl"
+    row = [101, *range(200, 300), 102]
+    path.write_bytes(pickle.dumps([row] * 10_000))
+    with pytest.raises(UserError, match="反复引用"):
+        load_token_table(path, 13317)
+    path.write_bytes(pickle.dumps([list(row) for _ in range(100)]))
+    assert len(load_token_table(path, 13317)) == 100
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="没有这个设备")
+def test_a_device_is_no_vocabulary():
+    with pytest.raises(UserError, match="/dev/zero 不是普通文件"):
+        load_tokenizer(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("text", ["9" * 30, "-" + "9" * 30, "1e30", "0x" + "f" * 30])
+def test_absurd_integers_are_refused(text):
+    with pytest.raises(Exception, match="应为整数") as error:
+        cli.bounded(int, minimum=0)(text)
+    assert type(error.value).__name__ == "ArgumentTypeError"
+
+
+def test_control_and_bidi_characters_are_shown():
+    text = "红\x1b[31m\x07\x9b名\u202e倒\u2066字\u200f好👍🏽❤️\n\t"
+    shown = "红\\x1b[31m\\x07\\x9b名\\u202e倒\\u2066字\\u200f好👍🏽❤️"
+    assert visible(text) == shown + "\n\t"
+    assert one_visible_line(text) == shown + "\\x0a\\x09"
+    assert one_visible_line("一\u2028二\r三") == "一\\u2028二\\x0d三"
+
+
+def test_names_of_others_cannot_drive_the_terminal(tmp_path, capsys, caplog):
+    path = tmp_path / "红\x1b[31m\u202e.csv"
+    path.write_text("列\x1b[2J,\u202e列\n1,2\n3,4\n", encoding="utf-8")
+    arguments = ["--train_path", str(path), "--log_path", str(tmp_path / "log")]
+    arguments += ["--save_path", str(tmp_path / "a.pkl")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_cli(lambda: preprocess.main(arguments))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "\\x1b[2J" in message
+    assert "\\u202e" in message
+    assert not {"\x1b", "\u202e"} & set(message)
+
+
+def test_a_log_record_is_one_line(tmp_path):
+    cli.configure_logging(tmp_path / "log", console=False)
+    logging.getLogger("chitchat.test").info("name=%s", "a\nb\x1b[31m")
+    cli.configure_logging(None, console=False)
+    lines = (tmp_path / "log").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 2
+    assert lines[0].endswith("INFO name=a\\x0ab\\x1b[31m")
