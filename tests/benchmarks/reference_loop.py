@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
-from stopwatch import Stopwatch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_linear_schedule_with_warmup
+
+from tests.benchmarks.stopwatch import Stopwatch
 
 BATCH_SIZE = 4
 ACCUMULATION = 4

@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 import trainer_loop  # noqa: E402
-from stopwatch import Stopwatch  # noqa: E402
 
 from chitchat.cli import quiet_transformers  # noqa: E402
 from chitchat.devices import has_fast_bf16, select_devices  # noqa: E402
@@ -31,6 +30,7 @@ from chitchat.training.loss import LossModule  # noqa: E402
 from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
 from chitchat.training.plan import choose_precision  # noqa: E402
 from chitchat.training.splitting import MAX_PADDING  # noqa: E402
+from tests.benchmarks.stopwatch import Stopwatch  # noqa: E402
 
 COMPILED_WIDTH = 32  # 与 train.py 的 --compile 相同
 
