@@ -100,6 +100,7 @@ def bounded(
 
 def run_cli(main: Callable[[], int]) -> NoReturn:
     """运行脚本的 ``main``，把异常变成退出码：0 完成，2 用法或输入有误，130 被中断。"""
+    _reopen_closed_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # 旧的 Windows 控制台不是 UTF-8：宁可显示一个问号，也不要因为一个 emoji 退出。
         if hasattr(stream, "reconfigure"):
@@ -123,6 +124,21 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
     if is_guarded:  # 退出时还要等后台的线程，又按 Ctrl+C 就不等了
         signal.signal(signal.SIGINT, exit_at_once)
     sys.exit(code)
+
+
+def _reopen_closed_streams() -> None:
+    """启动时就关着的标准输入、输出、错误（``2>&-``，有些服务管理器）接到空设备上。
+
+    不然进度条和日志写不出去；第一个打开的数据文件还会得到它们的描述符，混进别人写的东西。
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # 得到最小的空着的，就是它
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _complain(sentence: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import logging
 import pickle
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -97,6 +99,23 @@ def test_shared_lists_in_a_pickle_are_refused(tmp_path):
 def test_a_device_is_no_vocabulary():
     with pytest.raises(UserError, match="/dev/zero 不是普通文件"):
         load_tokenizer(Path("/dev/zero"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="没有这种 shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(closed, tmp_path):
+    root = Path(preprocess.__file__).parent
+    (tmp_path / "train.txt").write_text("你好\n好\n", encoding="utf-8")
+    command = (
+        f'"{sys.executable}" "{root / "preprocess.py"}" --vocab_path "{root / "vocab/vocab.txt"}" '
+        "--train_path {} --save_path a.pkl --log_path log " + closed
+    )
+    codes = [
+        subprocess.run(command.format(name), shell=True, cwd=tmp_path, check=False).returncode
+        for name in ("train.txt", "nothing.txt")
+    ]
+    assert codes == [0, 2]
+    assert len(pickle.loads((tmp_path / "a.pkl").read_bytes())) == 1
 
 
 @pytest.mark.parametrize("text", ["9" * 30, "-" + "9" * 30, "1e30", "0x" + "f" * 30])

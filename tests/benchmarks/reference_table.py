@@ -2,7 +2,7 @@
 
 用法: python -m tests.benchmarks.reference_table --corpora 语料文件夹 --seconds 180 --seeds 0 1
 训练用 lccc_toy.train.txt 和 lccc_base.valid.txt 的前 18,000 段，检验用后者的最后 2,000 段
-（model/base 没有见过它们）。nat/字见 reply_quality；PPL、BLEU、Distinct 与 --report 相同，看每段的最后一句。
+（model/base 没有见过它们）。nat/字见 reply_quality；PPL、BLEU、Distinct 与 --report 的相同。
 """
 
 import argparse
