@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("sample/"),
         help="聊天记录 sample.txt 放在哪个文件夹下（默认 %(default)s）",
     )
-    add("--seed", type=bounded(int, minimum=0), help="随机种子（默认每次不同）")
+    add("--seed", type=bounded(int, minimum=0, maximum=2**64 - 1), help="随机种子（默认每次不同）")
     add("--greedy", action="store_true", help="总取最可能的 token，不采样")
     add("--precision", choices=["auto", "fp32", "bf16", "int8"], default="auto",
         help="权重的精度；auto 在 x86 的 CPU 上是 int8，在 GPU 上是 bf16，没有它们就用 fp32"

@@ -214,7 +214,7 @@ def save_checkpoint(
         generation_config.save_pretrained(partial)
         wrap_tokenizer(tokenizer, model.config.n_positions).save_pretrained(partial)
         (partial / "vocab.txt").write_text(vocab_text(tokenizer), encoding="utf-8", newline="\n")
-        write_checksums(partial)
+        write_checksums(partial)  # 说明不算在内，用户可以随意改它
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8", newline="\n")
 

@@ -48,9 +48,9 @@ def find_damage(path: Path, described: Mapping) -> str:
     return "" if found == wanted else f"校验和应为 {wanted}，实为 {found}"
 
 
-def write_checksums(folder: Path, *, skip: Iterable[str] = ()) -> None:
-    """把文件夹里各个文件的校验和写进 checksums.json；skip 里的不写，用户可以随意改它们。"""
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in skip)
+def write_checksums(folder: Path) -> None:
+    """把文件夹里现有的各个文件的校验和写进 checksums.json。"""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
     text = json.dumps(describe_files(paths), indent=2)
     (folder / CHECKSUMS_NAME).write_text(f"{text}\n", encoding="utf-8", newline="\n")
 

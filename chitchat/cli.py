@@ -91,6 +91,10 @@ def bounded(
             and value == value
             and abs(value) != float("inf")
         )
+        if kind is int and value == value and abs(value) > MAX_INT >= maximum:
+            raise argparse.ArgumentTypeError(
+                f"应为绝对值不超过 {MAX_INT} 的整数，得到 {text[:80]!r}"
+            )
         if not is_valid:
             raise argparse.ArgumentTypeError(f"应为{wanted}，得到 {text[:80]!r}")
         return value
@@ -158,10 +162,13 @@ def notify(sentence: str) -> None:
 
 
 class _LineFormatter(logging.Formatter):
-    """一条日志一行，不管里面的文字是什么。"""
+    """一条日志一行，不管里面的文字是什么；程序自己的 traceback 仍分行。"""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return one_visible_line(super().format(record))
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return one_visible_line(super().formatMessage(record))
+
+    def formatException(self, ei: tuple) -> str:  # noqa: N802
+        return visible(super().formatException(ei))
 
 
 class _TqdmHandler(logging.StreamHandler):

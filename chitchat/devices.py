@@ -16,7 +16,7 @@ BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM �
 
 
 def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
-    """把 ``--device 0,1`` 变成设备列表。
+    """把 ``--device 0,1`` 变成设备列表；有 GPU 时，整个进程此后不用 cuDNN 的注意力。
 
     Args:
         device: 逗号分隔的 GPU 编号，第一个是主卡。

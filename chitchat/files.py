@@ -39,11 +39,12 @@ def check_writable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, previous: str = "") -> Iterator[Path]:
     """在旁边写临时文件，成功后一次换名；失败时原文件不变，临时文件被删除。
 
     Args:
         path: 最终的文件；父目录会自动创建。是符号链接时写到它所指的地方，链接不变。
+        previous: 原来的文件改叫这个名字留着，在同一个文件夹里；空串表示不留。
 
     Yields:
         供写入的临时路径。
@@ -53,6 +54,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with _explain_full_disk(path):
             yield partial
         _sync(partial)
+        if previous and path.is_file():
+            path.replace(path.with_name(previous))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

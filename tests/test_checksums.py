@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,18 @@ from chitchat.tokens.batch_encoder import EncodedBatch
 from chitchat.tokens.token_table import load_token_table
 from chitchat.tokens.token_writer import open_writer
 from chitchat.training.processes import Processes
-from chitchat.training.state import PREVIOUS_NAME, STATE_NAME, find_state
+from chitchat.training.state import DAMAGED_NAME, PREVIOUS_NAME, STATE_NAME, find_state
 
 NUM_FLIPS = 40
 CPU = torch.device("cpu")
 
 
-def flips(path: Path, seed: int = 0, number: int = NUM_FLIPS):
-    """逐次翻转一位，用完恢复原样。"""
+def flips(path: Path, seed: int = 0, number: int = NUM_FLIPS, places: Sequence[int] = ()):
+    """逐次翻转一位，先是 places 里的各个字节，再是随便哪一个；用完恢复原样。"""
     whole = path.read_bytes()
     rng = random.Random(seed)
-    for _ in range(number):
-        index, bit = rng.randrange(len(whole)), rng.randrange(8)
+    for index in [*places, *(rng.randrange(len(whole)) for _ in range(number))]:
+        bit = rng.randrange(8)
         damaged = bytearray(whole)
         damaged[index] ^= 1 << bit
         path.write_bytes(damaged)
@@ -59,6 +60,18 @@ def test_flipped_bits_in_training_data_are_noticed(name, damaged, tmp_path):
         with pytest.raises(UserError, match=r"已损坏.*重新运行 python preprocess.py"):
             load_token_table(tmp_path / name, 13317)
     assert len(load_token_table(tmp_path / name, 13317)) == 50
+
+
+def test_renamed_training_data_keeps_its_note(tmp_path):
+    with open_writer(tmp_path / "a.pkl", 13317, {"vocab_fingerprint": "x"}) as writer:
+        writer.write(EncodedBatch.from_rows([[101, 200, 102]]))
+    for suffix in (".pkl", ".pkl.json"):
+        (tmp_path / f"a{suffix}").rename(tmp_path / f"b{suffix}")
+    with pytest.raises(UserError, match="另一份词表"):
+        load_token_table(tmp_path / "b.pkl", 13317, "y")
+    for _ in flips(tmp_path / "b.pkl", number=5):
+        with pytest.raises(UserError, match="已损坏"):
+            load_token_table(tmp_path / "b.pkl", 13317)
 
 
 def test_training_data_of_other_tools_is_read_as_before(tmp_path):
@@ -114,7 +127,7 @@ def test_damaged_checkpoint_offers_the_others_and_the_way_out(checkpoint):
 
 
 def test_the_card_may_be_edited(checkpoint):
-    (checkpoint / "README.md").write_text("我的模型")
+    (checkpoint / "README.md").write_text("我的")  # 与原来一样长
     load_engine(str(checkpoint), precision="fp32", device=CPU)
 
 
@@ -135,20 +148,28 @@ def write_state(path: Path, value: float) -> dict:
 def test_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
     write_state(tmp_path / PREVIOUS_NAME, 1.0)
     write_state(tmp_path / STATE_NAME, 2.0)
-    values = [
-        find_state(tmp_path, {"seed": 0}, Processes())["model"]["values"]
-        for _ in flips(tmp_path / STATE_NAME, number=150)
-    ]
-    found = {value.unique().item() for value in values}
-    assert found <= {1.0, 2.0}  # 翻转的若是 zip 里无关紧要的一位，读出的仍是原样
-    num_noticed = sum(value[0].item() == 1.0 for value in values)
-    assert num_noticed > 100
+    found = []
+    size = (tmp_path / STATE_NAME).stat().st_size
+    ends = range(size - 22, size)  # zip 的结尾：读它时 zipfile 抛出的是 OSError
+    for _ in flips(tmp_path / STATE_NAME, number=150, places=[*ends]):
+        values = find_state(tmp_path, {"seed": 0}, Processes())["model"]["values"]
+        found.append(values.unique().item())
+    assert set(found) <= {1.0, 2.0}  # 翻转的若是 zip 里无关紧要的一位，读出的仍是原样
+    assert found.count(1.0) > 100
     message = capsys.readouterr().err
-    assert message.count(f"现在从前一次存下的 {tmp_path / PREVIOUS_NAME} 接着走") == num_noticed
+    sentence = f"已损坏，改名为 {DAMAGED_NAME}；从前一次存下的 {tmp_path / PREVIOUS_NAME} 接着训练"
+    assert message.count(sentence) == found.count(1.0)
+
+
+def test_only_the_previous_state_is_left(tmp_path, capsys):
+    write_state(tmp_path / PREVIOUS_NAME, 1.0)
+    state = find_state(tmp_path, {"seed": 0}, Processes())
+    assert state["model"]["values"][0] == 1.0
+    assert f"没有 {tmp_path / STATE_NAME}，从前一次" in capsys.readouterr().err
 
 
 def test_two_damaged_states_are_one_sentence(tmp_path):
     for name in (STATE_NAME, PREVIOUS_NAME):
         (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"训练状态 .* 已损坏"):
+    with pytest.raises(UserError, match=r"训练状态 .*、.* 已损坏.*--pretrained_model"):
         find_state(tmp_path, {"seed": 0}, Processes())

@@ -59,7 +59,8 @@ def read_source(
         else:
             tally.format, tally.why = options.format, "由 --format 指定"
         found = format_of(tally.format)
-        with source.open(report, is_one_line=head.starts_like_json) as file:
+        has_long_lines = head.starts_like_json and not found.is_plain
+        with source.open(report, has_long_lines=has_long_lines) as file:
             items = iter(found.read(file, options, head))
             first = next(items, None)
             tally.is_log = found.is_log or isinstance(first, Message)

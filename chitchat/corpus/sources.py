@@ -61,20 +61,20 @@ class Source:
         self,
         report: Callable[[int], None] = lambda position: None,
         *,
-        is_one_line: bool = False,
+        has_long_lines: bool = False,
     ) -> Iterator[TextIO]:
         r"""以文字打开；只有 \n、\r、\r\n 是换行，U+0085、U+2028 等是普通字符，BOM 被去掉。
 
         Args:
             report: 每读一块就以磁盘文件已读的字节数调用一次。
-            is_one_line: 像 JSON，一行可以任意长；否则不许长过 MAX_LINE_BYTES，那会耗尽内存。
+            has_long_lines: 像 JSON，一行可以任意长；否则不许长过 MAX_LINE_BYTES，那会耗尽内存。
 
         Raises:
             UserError: 读到不合编码的字节（指出文件和行号），一行太长，或压缩包已损坏。
         """
         try:
             with self.path.open("rb") as raw:
-                limit = None if is_one_line else MAX_LINE_BYTES
+                limit = None if has_long_lines else MAX_LINE_BYTES
                 stream = _Reporting(self.open_bytes(raw), lambda: report(raw.tell()), limit)
                 with io.TextIOWrapper(io.BufferedReader(stream), self.encoding) as text:
                     yield text
@@ -100,7 +100,10 @@ class Source:
 
         codecs.register_error("chitchat.mark", mark)
         with self.path.open("rb") as raw:
-            text = io.TextIOWrapper(self.open_bytes(raw), self.encoding, errors="chitchat.mark")
+            stream = io.BufferedReader(
+                _Reporting(self.open_bytes(raw), lambda: None, MAX_LINE_BYTES)
+            )
+            text = io.TextIOWrapper(stream, self.encoding, errors="chitchat.mark")
             number = next(n for n, line in enumerate(text, 1) if _MARK in line)
         return (
             f"{self.name} 第 {number} 行不是 {encoding_label(self.encoding)}："
@@ -180,9 +183,8 @@ def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -
             found = detect_encoding(open_bytes(raw).read(SAMPLE_BYTES))
         if not found.startswith("utf"):
             with path.open("rb") as raw:
-                number = find_mixed_line(
-                    io.BufferedReader(_Reporting(open_bytes(raw), lambda: None))
-                )
+                stream = _Reporting(open_bytes(raw), lambda: None, MAX_LINE_BYTES)
+                number = find_mixed_line(io.BufferedReader(stream))
             if number:
                 raise UserError(
                     f"{name} 里两种编码混在一起：大部分像 {encoding_label(found)}，"

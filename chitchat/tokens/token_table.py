@@ -17,6 +17,9 @@ from chitchat.checksums import find_damage, is_same_size
 from chitchat.errors import UserError
 from chitchat.tokens.token_writer import META_NAME, OFFSETS_NAME, TOKENS_NAME, meta_path
 
+# 每个 token 在文件里至少一字节；反复引用同一个列表的，展开来至多是文件的这么多倍。
+MAX_SHARING = 100
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -89,7 +92,8 @@ def load_token_table(path: Path, vocab_size: int, vocab_fingerprint: str = "") -
             f"找不到训练数据 {path}：请先运行 python preprocess.py，或用 --train_path 指定"
         )
     meta = _read_meta(meta_path(path)) if meta_path(path).is_file() else {}
-    is_ours = _check_damage(path, meta)
+    described = list(_files_of(meta).values())  # 只有一项；文件可以改名
+    is_ours = bool(described) and _check_damage(path, described[0], meta_path(path))
     dialogues = _load_lists(path)
     smallest = min(min(row) for row in dialogues)
     largest = max(max(row) for row in dialogues)
@@ -99,9 +103,9 @@ def load_token_table(path: Path, vocab_size: int, vocab_fingerprint: str = "") -
             "预处理和训练用的词表不同，请用同一个 --vocab_path 重新运行 python preprocess.py"
         )
     table = TokenTable.from_dialogues(dialogues, np.min_scalar_type(vocab_size - 1))
-    # 旧版本的说明里没有校验和，只好看数目；对不上，就是别的工具后来改写的，那份说明不是它的。
+    # 数目也对不上，就是别的工具后来改写的，那份说明不是它的。
     counts = (meta.get("dialogues"), meta.get("tokens"))
-    if is_ours or ("files" not in meta and counts == (len(table), len(table.tokens))):
+    if is_ours or counts == (len(table), len(table.tokens)):
         _check_vocab(path, meta, vocab_fingerprint)
     return table
 
@@ -128,9 +132,11 @@ def _load_lists(path: Path) -> list[list[int]]:
         raise UserError(
             f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，发现 {error}；{advice}"
         ) from error
-    if isinstance(dialogues, list) and _count_tokens(dialogues) > path.stat().st_size:
-        # 每个 token 在文件里至少一字节；多出来的是反复引用同一个列表，会撑爆内存
-        raise UserError(f"{path} 里的列表反复引用同一个列表，不是 preprocess.py 写的；{advice}")
+    if isinstance(dialogues, list) and _count_tokens(dialogues) > MAX_SHARING * path.stat().st_size:
+        raise UserError(
+            f"{path} 里反复引用同一个列表，展开来会撑爆内存：{advice}，"
+            "或用 [list(row) for row in rows] 展开之后再存"
+        )
     is_nested_list = isinstance(dialogues, list) and all(isinstance(row, list) for row in dialogues)
     if not is_nested_list or not all(type(token) is int for row in dialogues for token in row):
         raise UserError(f"{path} 的内容不是 list[list[int]]；{advice}")
@@ -165,9 +171,10 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
     )
     if not is_whole:
         raise UserError(f"训练数据 {path} 已损坏（两个数组对不上）；{advice}")
-    are_ours = [_check_damage(path / name, meta) for name in (TOKENS_NAME, OFFSETS_NAME)]
-    is_known = all(are_ours) and isinstance(meta.get("vocab_size"), int)
-    largest = meta["vocab_size"] if is_known else int(tokens.max()) + 1
+    for name in (TOKENS_NAME, OFFSETS_NAME):
+        _check_damage(path / name, _files_of(meta).get(name), path / META_NAME)
+    claimed = meta.get("vocab_size")
+    largest = max(claimed if isinstance(claimed, int) else 0, int(tokens.max()) + 1)
     if largest > vocab_size:
         raise UserError(
             f"{path} 是用 {largest} 项的词表编码的，超出模型的词表大小 {vocab_size}："
@@ -176,18 +183,24 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
     return table
 
 
-def _check_damage(path: Path, meta: dict) -> bool:
-    """核对说明里记下的校验和；返回这个文件是不是说明里的那一个，还没有被别的工具改写。
+def _files_of(meta: dict) -> dict:
+    files = meta.get("files")
+    return files if isinstance(files, dict) else {}
+
+
+def _check_damage(path: Path, described: object, note: Path) -> bool:
+    """核对 note 里记下的校验和；返回这个文件是不是它说的那一个，还没有被别的工具改写。
 
     Raises:
         UserError: 已损坏。
     """
-    files = meta.get("files")
-    described = files.get(path.name) if isinstance(files, dict) else None
     if not isinstance(described, dict) or not is_same_size(path, described):
         return False
     if damage := find_damage(path, described):
-        raise UserError(f"训练数据 {path} 已损坏（{damage}）：请重新运行 python preprocess.py")
+        raise UserError(
+            f"训练数据 {path} 已损坏（{damage}）：请重新运行 python preprocess.py；"
+            f"要是你自己改的，就删去 {note} 里的 files 一项"
+        )
     return True
 
 

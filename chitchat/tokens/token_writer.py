@@ -144,7 +144,6 @@ def open_writer(path: Path, vocab_size: int, meta: dict) -> Iterator[TokenWriter
             file.flush()
             files = describe_files([partial])
             meta["files"] = {path.name: files[partial.name]}
-            meta_path(path).unlink(missing_ok=True)  # 是上一份的；断在这里的话，宁可没有
         with atomic_file(meta_path(path)) as partial:
             partial.write_text(_to_json(meta), encoding="utf-8")
         return

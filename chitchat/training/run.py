@@ -74,11 +74,8 @@ class Run:
             "updater": self.updater.state_dict(),
             "random_states": random_states,
         }
-        path = self.folder / STATE_NAME
-        with atomic_file(path) as partial:
+        with atomic_file(self.folder / STATE_NAME, previous=PREVIOUS_NAME) as partial:
             torch.save(state, partial)
-            if path.is_file():
-                path.replace(self.folder / PREVIOUS_NAME)
 
     def restore(self, state: dict, *, peak_lr: float | None = None) -> None:
         """把 find_state 读到的放回模型、优化器和随机数发生器，从那里接着走。

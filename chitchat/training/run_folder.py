@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = ".training.lock"
 # 一次训练留下的；别的（model/base、config*.json、用户自己的文件）从不动
 LEFT_BY_A_RUN = re.compile(
-    r"training_state(\.old\d+|\.previous)?\.pt|epoch[0-9]+|min_ppl_model|runs|loss\.png"
+    r"training_state(\.old\d+|\.previous|\.damaged)?\.pt|epoch[0-9]+|min_ppl_model|runs|loss\.png"
 )
 
 
@@ -73,7 +73,8 @@ def set_aside(folder: Path) -> Path | None:
     folders = (folder / f"old{i}" for i in itertools.count(1))
     old = next(path for path in folders if not (path.exists() or path.is_symlink()))
     old.mkdir()
-    for path in sorted(found, key=lambda path: path.suffix != ".pt"):  # 先是状态：中断了也接不上它
+    # 先是状态，旧的在前：中断了也接不上它
+    for path in sorted(found, key=lambda path: (path.suffix != ".pt", path.name)):
         path.rename(old / path.name)
     logger.info("earlier run set aside: folder=%s items=%d", old, len(found))
     return old

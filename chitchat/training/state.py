@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
 PREVIOUS_NAME = "training_state.previous.pt"  # 上一次存下的；最新的坏了，就从它接着走
+DAMAGED_NAME = "training_state.damaged.pt"
 STATE_KEYS = ("progress", "model", "updater", "random_states")
 
 
@@ -116,12 +119,14 @@ def fingerprint(table: TokenTable, tokenizer: Tokenizer, model: GPT2LMHeadModel)
     return {"train_path": corpus.hexdigest(), **hashes}
 
 
-class DamagedStateError(UserError):
-    """训练状态的文件坏了，读不出来。"""
+class DamagedStateError(Exception):
+    """训练状态的文件坏了，读不出来；内容是哪个文件。"""
 
 
 def find_state(folder: Path, identity: dict, processes: Processes) -> dict | None:
     """读最新的完好的训练状态，没有时是 None；只有主进程读文件，别的机器上不必有它。
+
+    最新的坏了，就改名留在一边，从前一次存下的接着走，并告诉用户。
 
     Args:
         folder: 训练状态所在的文件夹。
@@ -131,25 +136,38 @@ def find_state(folder: Path, identity: dict, processes: Processes) -> dict | Non
     Raises:
         UserError: 文件都坏了，或不能变的选项变了（指出是哪一个）。
     """
-
-    def load() -> dict | None:
-        paths = [folder / name for name in (STATE_NAME, PREVIOUS_NAME)]
-        for path in (found := [path for path in paths if path.is_file()]):
-            try:
-                state = read_state(path)
-            except DamagedStateError as error:
-                if path == found[-1]:
-                    raise
-                notify(f"{error}；现在从前一次存下的 {found[-1]} 接着走")
-                continue
-            check_identity(path, state["identity"], identity)
-            return state
-        return None
-
-    state = processes.share(load)
+    state = processes.share(lambda: _load_newest(folder, identity))
     if state is None:
         logger.info("resume: no %s, starting afresh", folder / STATE_NAME)
     return state
+
+
+def _load_newest(folder: Path, identity: dict) -> dict | None:
+    newest = Path(os.path.realpath(folder / STATE_NAME))  # 可以是链接；前一次的在它所指的那边
+    previous = newest.with_name(PREVIOUS_NAME)
+    damaged = []
+    for path in (newest, previous):
+        if not path.is_file():
+            continue
+        try:
+            state = read_state(path)
+        except DamagedStateError:
+            damaged.append(path)
+            continue
+        check_identity(path, state["identity"], identity)
+        if path == previous and damaged:
+            aside = newest.with_name(DAMAGED_NAME)
+            newest.replace(aside)  # 不然下一次存的时候，它会盖住完好的这一份
+            notify(f"训练状态 {newest} 已损坏，改名为 {aside.name}；从前一次存下的 {path} 接着训练")
+        elif path == previous:
+            notify(f"没有 {newest}，从前一次存下的 {path} 接着训练")
+        return state
+    if damaged:
+        raise UserError(
+            f"训练状态 {'、'.join(map(str, damaged))} 已损坏："
+            "请删去，去掉 --resume 重新训练；可用 --pretrained_model 从已有的检查点开始"
+        )
+    return None
 
 
 def read_state(path: Path) -> dict:
@@ -163,15 +181,16 @@ def read_state(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.save 写的是 zip，每一项都有 CRC-32
             damaged = archive.testzip()
         if damaged:
-            raise ValueError(damaged)
+            raise DamagedStateError(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         is_whole = set(state) == {*STATE_KEYS, "identity"}
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # 文件坏在哪里，抛出的异常就各种各样
-        raise DamagedStateError(
-            f"训练状态 {path} 已损坏：请删去它，再用 --resume；没有别的状态就会从头训练"
-        ) from error
+        # zip 里的位置坏了，读的时候也是 OSError；真正的读盘错误有别的编号。
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise DamagedStateError(path) from error
     if not is_whole:
         raise UserError(f"{path} 不是这个版本的训练状态：请删去它，去掉 --resume 重新训练")
     return state
@@ -198,7 +217,7 @@ def check_tensors(state: dict, model: nn.Module, optimizers: Sequence[Optimizer]
     Raises:
         UserError: 有一个不一致。
     """
-    advice = "它与这个模型不符：请删去它，去掉 --resume 重新训练"
+    advice = "与这个模型不符，请删去文件夹里的 training_state*.pt，去掉 --resume 重新训练"
     try:
         found = {name: tensor.shape for name, tensor in state["model"].items()}
         saved = state["updater"]["optimizers"]

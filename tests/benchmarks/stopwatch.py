@@ -6,7 +6,7 @@ import torch
 
 
 class Stopwatch:
-    """每次更新之后报一次数；warmup 秒之后才从零开始数，数满 seconds 秒为止。
+    """每次更新（或每个小批）之后报一次数；warmup 秒之后才从零开始数，数满 seconds 秒为止。
 
     Attributes:
         num_tokens: 训练过的 token 数，不含补齐。

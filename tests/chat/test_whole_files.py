@@ -11,6 +11,7 @@ from chitchat.chat.engine import Engine
 from chitchat.chat.options import SamplingOptions
 from chitchat.chat.whole_files import answers as replies
 from chitchat.chat.whole_files.answers import answer_file
+from chitchat.chat.whole_files.partial_replies import PartialReplies
 from chitchat.corpus.reader import read_dialogues
 from chitchat.errors import UserError
 
@@ -82,7 +83,7 @@ def test_a_damaged_batch_is_made_again(make_bot, dialogues_path, tmp_path, monke
     whole, resumed = tmp_path / "whole.txt", tmp_path / "resumed.txt"
     answer(make_bot(), dialogues_path, whole)
     part = tmp_path / "resumed.txt.part"
-    for index in range(0, 40, 3):
+    for index in range(0, 60, 3):
         answer_and_stop(monkeypatch, 2, make_bot(), dialogues_path, resumed)
         done = part.read_bytes()
         start = done.index(b"\n") + 1
@@ -93,6 +94,25 @@ def test_a_damaged_batch_is_made_again(make_bot, dialogues_path, tmp_path, monke
         assert resumed.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
         resumed.unlink()
     assert capsys.readouterr().err.count("已损坏，那一批重新做") > 5
+    answer_and_stop(monkeypatch, 1, make_bot(), dialogues_path, resumed)
+    done = part.read_bytes()
+    for index in range(done.index(b"\n")):  # 第一行坏了，就不能接着做
+        part.write_bytes(done[:index] + bytes([done[index] ^ 1]) + done[index + 1 :])
+        with pytest.raises(UserError, match="不是本程序做到一半的结果"):
+            answer(make_bot(), dialogues_path, resumed)
+
+
+def test_a_part_of_the_earlier_version_goes_on(make_bot, dialogues_path, tmp_path, monkeypatch):
+    whole, resumed = tmp_path / "whole.txt", tmp_path / "resumed.txt"
+    answer(make_bot(), dialogues_path, whole)
+    answer_and_stop(monkeypatch, 2, make_bot(), dialogues_path, resumed)
+    part = tmp_path / "resumed.txt.part"
+    old = b"".join(line.partition(b"\t")[0] + b"\n" for line in part.read_bytes().splitlines())
+    part.write_bytes(old)
+    header = json.loads(old.split(b"\n")[0])
+    assert len(PartialReplies(part, header, None).replies) == 2
+    answer(make_bot(), dialogues_path, resumed)
+    assert resumed.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
 
 
 def test_without_a_seed_the_rest_uses_the_seed_of_the_first_part(
@@ -100,7 +120,7 @@ def test_without_a_seed_the_rest_uses_the_seed_of_the_first_part(
 ):
     target = tmp_path / "out.txt"
     answer_and_stop(monkeypatch, 1, make_bot(), dialogues_path, target, seed=None)
-    seed = json.loads(target.with_name("out.txt.part").read_text().split("\n")[0])["seed"]
+    seed = json.loads(target.with_name("out.txt.part").read_text().split("\t")[0])["seed"]
     answer(make_bot(), dialogues_path, target, seed=None)
     answer(make_bot(), dialogues_path, tmp_path / "again.txt", seed=seed)
     assert target.read_text() == (tmp_path / "again.txt").read_text()

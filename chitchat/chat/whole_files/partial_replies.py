@@ -33,7 +33,9 @@ class PartialReplies:
         """
         self.path = path
         self.replies: dict[int, str] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        if rest and not lines:
+            raise _foreign(path)
         header = _parse_header(path, lines[0]) if lines else {}
         self.seed = header.get("seed", secrets.randbits(32)) if seed is None else seed
         self._header = {**json.loads(json.dumps(identity, default=str)), "seed": self.seed}
@@ -43,17 +45,13 @@ class PartialReplies:
                     f"{path} 是做到一半的结果，但 {name} 与那时不同："
                     "要接着做，请用原来的输入和选项；要重新做，请先删去它"
                 )
-        size = sum(map(len, lines[:1]))
         for number, line in enumerate(lines[1:], 2):
-            if not line.endswith(b"\n"):
-                os.truncate(path, size)
-                break
-            text, _, saved = line.strip().partition(b"\t")
-            if checksum(text) == saved.decode("latin-1"):
-                self.replies.update(json.loads(text))
-            else:
+            try:
+                self.replies.update(json.loads(_unseal(line)))
+            except (ValueError, TypeError):
                 notify(f"{path} 第 {number} 行已损坏，那一批重新做")
-            size += len(line)
+        if rest:  # 没写完的一批
+            os.truncate(path, path.stat().st_size - len(rest))
         self._file: TextIO | None = None
 
     def add(self, batch: Sequence[tuple[int, str]]) -> None:
@@ -62,10 +60,9 @@ class PartialReplies:
         if self._file is None:
             if not self.path.exists():
                 with atomic_file(self.path) as unfinished:
-                    unfinished.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+                    unfinished.write_text(_seal(self._header), encoding="utf-8", newline="\n")
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
-        text = json.dumps(batch)
-        self._file.write(f"{text}\t{checksum(text.encode())}\n")
+        self._file.write(_seal(batch))
         self._file.flush()
 
     def close(self) -> None:
@@ -74,10 +71,28 @@ class PartialReplies:
             self._file.close()
 
 
+def _seal(value: object) -> str:
+    """一行：JSON、TAB、校验和。"""
+    text = json.dumps(value)
+    return f"{text}\t{checksum(text.encode())}\n"
+
+
+def _unseal(line: bytes) -> bytes:
+    """一行里的 JSON；旧版本写的没有校验和。
+
+    Raises:
+        ValueError: 校验和不对。
+    """
+    text, mark, saved = line.partition(b"\t")
+    if mark and checksum(text).encode() != saved:
+        raise ValueError("wrong checksum")
+    return text
+
+
 def _parse_header(path: Path, line: bytes) -> dict:
     with contextlib.suppress(ValueError):
-        header = json.loads(line)
-        if isinstance(header, dict) and "input_path" in header and line.endswith(b"\n"):
+        header = json.loads(_unseal(line))
+        if isinstance(header, dict) and "input_path" in header:
             return header
     raise _foreign(path)
 

@@ -62,7 +62,7 @@ class Head:
             self.text: str = file.read(HEAD_CHARS)
         first = next((line for line in self.lines if line[0] != "#"), "")  # JSONL 里可以有注释
         self.starts_like_json = first.lstrip("\ufeff").startswith(("{", "["))
-        self.open_text = functools.partial(open_text, is_one_line=self.starts_like_json)
+        self.open_text = functools.partial(open_text, has_long_lines=self.starts_like_json)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -88,9 +88,11 @@ class Format:
         recognise: 由开头认出；返回凭据，空串表示不是这种格式。
         read: 生成器，给出对话，聊天记录则给出消息；内存里只有当前一段。
         is_log: 给出的总是消息；不定的由第一条看出。
+        is_plain: 一行一行的文字；一行长得没有尽头就不读。
     """
 
     label: str
     recognise: Callable[[Head], str]
     read: Callable[[TextIO, ReadOptions, Head], Iterator[Dialogue] | Iterator[Message]]
     is_log: bool = False
+    is_plain: bool = False

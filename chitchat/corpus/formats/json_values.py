@@ -15,13 +15,14 @@ from ijson.common import ObjectBuilder
 
 from chitchat.errors import UserError
 
-MAX_DEPTH = 500  # 一块里净多出这么多层括号，就不是对话，只会耗尽内存
+MAX_DEPTH = 500  # 套得比这还深的不是对话，只会耗尽内存
 MAX_EVENTS = 30_000  # 看结构时最多看多少个记号
 _LONE_SURROGATE = re.compile(
     r"(?<!\\)(?:\\\\)*\\u(?:[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u)[dD][c-fC-F][0-9a-fA-F]{2})"
 )
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NEST = re.compile(rf"(?:[\[{{][^\[\]{{}}]*){{{MAX_DEPTH}}}")
 _SPACE = " \t\r\n\ufeff"
 _BROKEN = (ijson.JSONError, ValueError, RecursionError, IndexError)
 
@@ -59,6 +60,7 @@ class Utf8Bytes:
         self.file = file
         self.tail = ""
         self.is_start = True
+        self.gauge = DepthGauge()
 
     def read(self, size: int = -1) -> bytes:
         """读出大约 size 个字符。"""
@@ -70,26 +72,36 @@ class Utf8Bytes:
         if "\\u" in text or "\\u" in self.tail:
             check_surrogates(self.tail + (text or " " * 12), start=8 if len(self.tail) == 40 else 0)
         self.tail = (self.tail + text)[-40:]
-        check_depth(text)
+        self.gauge.add(text)
         try:
             return text.encode()
         except UnicodeEncodeError as error:
             raise UserError("JSON 里有不成对的代理码：请改正或去掉") from error
 
 
-def check_depth(text: str) -> None:
-    """一块文字里净多出的括号不能太多；字符串里的括号不算。
+class DepthGauge:
+    """一块一块地数 JSON 套了多少层；字符串里的括号不算，字符串可以跨块。"""
 
-    Raises:
-        TooDeepError: 套得太深。
-    """
-    # 先粗看，绝大多数到此为止
-    if _net_brackets(text) > MAX_DEPTH and _net_brackets(_STRING.sub("", text)) > MAX_DEPTH:
-        raise TooDeepError
+    def __init__(self) -> None:
+        self.depth = 0
+        self.is_in_string = False
+        self.rest = ""  # 上一块末尾的反斜杠，与下一块的头一个字连着看
 
+    def add(self, text: str) -> None:
+        """再看一块。
 
-def _net_brackets(text: str) -> int:
-    return sum(map(text.count, "[{")) - sum(map(text.count, "]}"))
+        Raises:
+            TooDeepError: 套得太深。
+        """
+        text = self.rest + text
+        self.rest = "\\" * ((len(text) - len(text.rstrip("\\"))) % 2)
+        text = text.removesuffix(self.rest)
+        outside = _STRING.sub("", f'"{text}' if self.is_in_string else text)
+        outside, quote, _ = outside.partition('"')
+        self.is_in_string = bool(quote)
+        self.depth += sum(map(outside.count, "[{")) - sum(map(outside.count, "]}"))
+        if self.depth > MAX_DEPTH or _NEST.search(outside):
+            raise TooDeepError
 
 
 def check_surrogates(text: str, start: int = 0) -> None:

@@ -255,8 +255,8 @@ def read_yaml(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Dialog
             yield Dialogue(texts)
 
 
-TEXT = Format("一行一句、空行分隔对话的文本", lambda head: "", read_text)
-ROWS = Format("一行一段、以 TAB 等分隔的文本", _recognise_rows, read_rows)
-SCRIPT = Format("“说话人：文字”的文本", _recognise_script, read_script)
-CONV = Format("E、M 开头的 .conv", _recognise_conv, read_conv)
+TEXT = Format("一行一句、空行分隔对话的文本", lambda head: "", read_text, is_plain=True)
+ROWS = Format("一行一段、以 TAB 等分隔的文本", _recognise_rows, read_rows, is_plain=True)
+SCRIPT = Format("“说话人：文字”的文本", _recognise_script, read_script, is_plain=True)
+CONV = Format("E、M 开头的 .conv", _recognise_conv, read_conv, is_plain=True)
 YAML = Format("ChatterBot 的 YAML", _recognise_yaml, read_yaml)
