@@ -34,7 +34,7 @@ from chitchat.errors import UserError
 from chitchat.tokens.tokenizer import vocab_fingerprint
 from chitchat.training import optimizer_choice, plan, reporting, run_folder
 from chitchat.training.run_folder import occupy
-from chitchat.training.state import PREVIOUS_NAME, STATE_NAME
+from chitchat.training.state import DAMAGED_NAME, PREVIOUS_NAME, STATE_NAME
 from chitchat.training.updater import Updater
 
 NUM_DIALOGUES = 22  # 留出 2 段验证，20 段训练
@@ -892,7 +892,8 @@ def test_damaged_state_goes_on_from_the_one_before(run, with_dropout, capsys):
     state = resumed / STATE_NAME
     state.write_bytes(state.read_bytes()[:-100])
     run("resumed", resume=True, **with_dropout)
-    assert f"现在从前一次存下的 {resumed / PREVIOUS_NAME} 接着走" in capsys.readouterr().err
+    assert f"从前一次存下的 {resumed / PREVIOUS_NAME} 接着训练" in capsys.readouterr().err
+    assert (resumed / DAMAGED_NAME).is_file()
     states = [load_state_of(folder) for folder in (resumed, whole)]
     assert states[0]["progress"] == states[1]["progress"]
     assert_same(*(state["model"] for state in states))
