@@ -207,6 +207,7 @@ def save_checkpoint(
         suppress_tokens=unspeakable_ids(tokenizer),
     )
     model.config.n_ctx = model.config.n_positions  # 旧的工具读这个名字
+    model.config.update(token_id_fields(tokenizer))  # 别处来的权重可以没有写，或写的是 GPT-2 的
     with atomic_directory(directory) as partial:
         model.save_pretrained(partial)
         for weights in partial.glob("*.safetensors"):  # safetensors 写的文件别的用户读不了

@@ -27,7 +27,7 @@ from chitchat.checkpoint import (
 )
 from chitchat.errors import UserError
 from chitchat.hub import explain_hub_error
-from chitchat.tokens.tokenizer import encode_utterances, load_tokenizer
+from chitchat.tokens.tokenizer import encode_utterances, load_tokenizer, special_ids
 from chitchat.training.run_folder import remove_old_checkpoints
 
 INPUT_IDS = torch.tensor([[101, 110, 111, 102, 120]])
@@ -458,3 +458,23 @@ def test_vocabulary_of_another_size_names_both_numbers_and_the_source(tokenizer)
         check_vocab_size(13317, tokenizer, "model/epoch7")
     for name in ("model/epoch7", "13317", str(len(TINY_VOCAB)), "--vocab_path"):
         assert name in str(error.value)
+
+
+def test_special_ids_are_those_of_the_tokenizer_wherever_the_weights_came_from(
+    tmp_path, make_model, tokenizer
+):
+    model = make_model()
+    model.config.update({"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None})
+    save_checkpoint(tmp_path / "epoch1", model, tokenizer)
+    fields = json.loads((tmp_path / "epoch1" / "config.json").read_text(encoding="utf-8"))
+    ids = special_ids(tokenizer)
+    found = [fields[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    assert found == [ids.cls, ids.sep, ids.pad]
+
+
+def test_the_shipped_model_has_the_ids_of_its_vocabulary():
+    folder = ROOT / "model" / "base"
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ids = special_ids(load_tokenizer(folder))
+    found = [fields[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    assert found == [ids.cls, ids.sep, ids.pad]

@@ -31,8 +31,7 @@ from chitchat.training.optimizer_choice import choose_optimizer  # noqa: E402
 from chitchat.training.plan import choose_precision  # noqa: E402
 from chitchat.training.splitting import MAX_PADDING  # noqa: E402
 from tests.benchmarks.stopwatch import Stopwatch  # noqa: E402
-
-COMPILED_WIDTH = 32  # 与 train.py 的 --compile 相同
+from train import COMPILED_WIDTH  # noqa: E402
 
 
 def measure_padding(train_path, vocab_size, batch_sizes):
