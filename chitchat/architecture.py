@@ -60,8 +60,7 @@ def build_model(
     except UserError:
         raise
     except Exception as error:  # transformers 校验字段时抛出的异常各种各样
-        reason = " ".join(str(error).split())
-        raise UserError(f"{config_path} 建不成模型：{reason}；{advice}") from error
+        raise UserError(f"{config_path} 建不成模型：{error}；{advice}") from error
 
 
 def check_vocab_size(vocab_size: int, tokenizer: Tokenizer, source: Path | str) -> None:

@@ -22,7 +22,9 @@ from chitchat.training.optimizers import hidden_matrices, orthogonalize
 logger = logging.getLogger(__name__)
 
 MAX_MUON_COST = 1.2  # 正交化的时间最多是前向和反向的几倍；再多，少走的步数就抵不上了
-ENOUGH_SECONDS = 0.5  # 一次前向和反向有这么久，就不必再量更大的
+# 一次前向和反向有这么久，就不必再量更大的。不能太短：大模型只看几十个 token 时，时间都花在
+# 读权重上，每个 token 显得比实际贵几倍。
+ENOUGH_SECONDS = 1.5
 
 
 def choose_optimizer(loss_module: LossModule, loader: DataLoader, *, num_processes: int) -> str:
@@ -68,7 +70,10 @@ def measure_orthogonalizing(model: nn.Module) -> float:
 
 
 def measure_seconds_per_token(loss_module: LossModule, batch: Batch) -> float:
-    """前向和反向平均每个 token 要多少秒；由少到多地量，到 ENOUGH_SECONDS 秒为止。"""
+    """前向和反向平均每个 token 要多少秒；由少到多地量，到整批或 ENOUGH_SECONDS 秒为止。
+
+    每种大小量两次，取短的：新的形状头一次要准备。
+    """
     device = loss_module.model.device
     best = None
 
@@ -77,11 +82,10 @@ def measure_seconds_per_token(loss_module: LossModule, batch: Batch) -> float:
         loss_module(input_ids.to(device), labels.to(device))[0, 0].backward()
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        run(1)  # 头一次要准备
         num_rows = 1
         while True:
             try:
-                seconds = _measure(device, functools.partial(run, num_rows))
+                seconds = min(_measure(device, functools.partial(run, num_rows)) for _ in range(2))
             except RuntimeError as error:
                 if best is None or not is_out_of_memory(error):
                     raise

@@ -98,7 +98,12 @@ class Slow(nn.Module):
 
 @pytest.mark.parametrize(
     ("seconds", "limit", "seen"),
-    [(1.0, 99, [1, 1]), (0.03, 99, [1, 1, 2]), (1e-4, 99, [1, 1, 2, 4, 8]), (1e-4, 3, [1, 1, 2])],
+    [
+        (1.0, 99, [1, 1]),
+        (0.1, 99, [1, 1, 2, 2]),
+        (1e-4, 99, [1, 1, 2, 2, 4, 4, 8, 8]),
+        (1e-4, 3, [1, 1, 2, 2]),
+    ],
 )
 def test_bigger_batches_are_timed_until_it_takes_long_enough(seconds, limit, seen, monkeypatch):
     module = Slow(limit, monkeypatch)
