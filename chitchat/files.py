@@ -39,6 +39,17 @@ def check_writable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming_file(path: Path | str) -> Iterator[None]:
+    """读写时的 OSError 若没有说是哪个文件（磁盘满了、坏了时就没有），补上 path。"""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path, *, previous: str = "") -> Iterator[Path]:
     """在旁边写临时文件，成功后一次换名；失败时原文件不变，临时文件被删除。
 
@@ -51,9 +62,9 @@ def atomic_file(path: Path, *, previous: str = "") -> Iterator[Path]:
     """
     path, partial, _ = _prepare(path)
     try:
-        with _explain_full_disk(path):
+        with naming_file(path), _explain_full_disk(path):
             yield partial
-        _sync(partial)
+            _sync(partial)
         if previous and path.is_file():
             path.replace(path.with_name(previous))
         partial.replace(path)
@@ -74,11 +85,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path, partial, retired = _prepare(path)
     partial.mkdir()
     try:
-        with _explain_full_disk(path):
+        with naming_file(path), _explain_full_disk(path):
             yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _sync(file)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _sync(file)
         if path.exists():
             path.rename(retired)
         try:

@@ -12,13 +12,17 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import preprocess
 from chitchat import cli
+from chitchat.chat.transcript import Transcript
+from chitchat.chat.whole_files.partial_replies import PartialReplies
 from chitchat.corpus import sources
 from chitchat.corpus.reader import read_dialogues
 from chitchat.errors import UserError
+from chitchat.files import atomic_file
 from chitchat.tokens.token_table import load_token_table
 from chitchat.tokens.tokenizer import load_tokenizer
 from chitchat.visible import one_visible_line, visible
@@ -84,6 +88,36 @@ def test_one_line_of_json_may_be_long(tmp_path, monkeypatch):
     path.write_text("[" + ",".join(['["你好","好"]'] * 50_000) + "]", encoding="utf-8")
     assert path.stat().st_size > 2 * sources.MAX_LINE_BYTES
     assert len(read(path)) == 50_000
+
+
+def test_an_utterance_as_long_as_a_book_is_refused(tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([["你好", "好"], ["长" * 1_000_001, "好"]]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"talk.json：第 2 段对话里有一句长 1,000,001 个字"):
+        read(path)
+
+
+def test_offsets_whose_differences_overflow_are_refused(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(9, dtype=np.uint16))
+    huge = 2**63 - 1
+    np.save(tmp_path / "offsets.npy", np.array([0, huge, -2, 9]))  # 相减全是正的
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="两个数组对不上"):
+        load_token_table(tmp_path, 13317)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "sample.txt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"sample\.txt"):
+        Transcript(tmp_path).add("user", "你好")
+    with pytest.raises(OSError, match=r"train\.pkl"), atomic_file(tmp_path / "train.pkl"):
+        Path("/dev/full").write_text("满")
+    replies = PartialReplies(tmp_path / "out.part", {"input_path": "x"}, 0)
+    replies.add([(0, "好")])
+    replies._file = Path("/dev/full").open("w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"out\.part"):
+        replies.add([(1, "在")])
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

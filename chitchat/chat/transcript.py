@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TextIO
 
+from chitchat.files import naming_file
+
 LINE_ENDS = re.compile(r"[\r\n]+")
 
 
@@ -20,12 +22,17 @@ class Transcript:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = (directory / "sample.txt").open("a", encoding="utf-8", buffering=1)
-        self._file.write(f"聊天记录{datetime.datetime.now()}:\n")
+        self._path = directory / "sample.txt"
+        self._file: TextIO = self._path.open("a", encoding="utf-8", buffering=1)
+        self._write(f"聊天记录{datetime.datetime.now()}:\n")
 
     def add(self, speaker: str, text: str) -> None:
         """记下 ``speaker:text``；一次贴进来的好几行，每行各记一行。"""
-        self._file.write("".join(f"{speaker}:{line}\n" for line in split_lines(text) or [""]))
+        self._write("".join(f"{speaker}:{line}\n" for line in split_lines(text) or [""]))
+
+    def _write(self, text: str) -> None:
+        with naming_file(self._path):
+            self._file.write(text)
 
     def close(self) -> None:
         """关闭文件。"""

@@ -18,6 +18,7 @@ from chitchat.errors import UserError
 
 __all__ = ["FORMAT_NAMES", "filter_dialogues", "read_dialogues", "read_source", "total_size"]
 
+MAX_UTTERANCE = 1_000_000  # 字；更长的不会是一句话，编码它要几 GB 内存
 ONE_DIALOGUE = 200  # 认作一行一句的文本只有一段、却有这么多句，就是忘了空行
 
 
@@ -71,6 +72,9 @@ def read_source(
             finally:  # --max_dialogues 够了就不再读，那时也要记下
                 ends = file.newlines or ()
                 tally.newlines = (ends,) if isinstance(ends, str) else ends
+    except OSError as error:
+        error.filename = error.filename or source.name
+        raise
     except csv.Error as error:
         raise UserError(f"{source.name} 不是完整的 CSV（{error}）：请重新导出") from error
     except UserError as error:
@@ -92,6 +96,12 @@ def _dialogues(items: Iterator, options: ReadOptions, tally: Tally) -> Iterator[
         cleaner = Cleaner(tally.cleaned)
         items = (piece for dialogue in items for piece in cleaner.clean(dialogue))
     for dialogue in items:
+        longest = max(map(len, dialogue.utterances))
+        if longest > MAX_UTTERANCE:
+            raise UserError(
+                f"第 {tally.num_dialogues + 1} 段对话里有一句长 {longest:,} 个字，"
+                f"最多 {MAX_UTTERANCE:,}：像是整篇文章，请分成一句一句的，或删去它"
+            )
         tally.num_dialogues += 1
         tally.num_utterances += len(dialogue.utterances)
         yield dialogue

@@ -167,6 +167,7 @@ def _map_folder(path: Path, vocab_size: int, vocab_fingerprint: str) -> TokenTab
         and len(offsets) > 1
         and offsets[0] == 0
         and offsets[-1] == len(tokens)
+        and offsets.min() >= 0  # 不然几个极大的数相减会溢出，看起来也是递增的
         and bool(np.all(np.diff(offsets) > 0))
     )
     if not is_whole:

@@ -13,7 +13,7 @@ from typing import TextIO
 from chitchat.checksums import checksum
 from chitchat.cli import notify
 from chitchat.errors import UserError
-from chitchat.files import atomic_file
+from chitchat.files import atomic_file, naming_file
 
 
 class PartialReplies:
@@ -62,8 +62,9 @@ class PartialReplies:
                 with atomic_file(self.path) as unfinished:
                     unfinished.write_text(_seal(self._header), encoding="utf-8", newline="\n")
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
-        self._file.write(_seal(batch))
-        self._file.flush()
+        with naming_file(self.path):
+            self._file.write(_seal(batch))
+            self._file.flush()
 
     def close(self) -> None:
         """关闭文件。"""
