@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -17,10 +18,13 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,6 +267,55 @@ def signals(bench: Bench, number: int, rng: random.Random) -> Iterator[tuple[str
                 yield f"{script} {name}", run_and_judge(process, is_intact, codes=codes)
 
 
+def ask(port: int) -> None:
+    """向服务器要一句回复；连不上、答到一半断了都不管。"""
+    body = json.dumps({"messages": [{"role": "user", "content": "你好"}], "stream": True})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        body.encode(),
+        {"Content-Type": "application/json"},
+    )
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        urllib.request.urlopen(request, timeout=SECONDS).read()
+
+
+def servers(bench: Bench, number: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """服务器读模型、等人、正在回答时收到信号；聊天记录里都是完整的行。"""
+    folder = bench.folder
+
+    def is_intact() -> bool:
+        lines = [line for path in folder.glob("sample/web/*") for line in path.open("rb")]
+        starts = (b"user:", b"chatbot:", "聊天记录".encode())
+        return all(line.startswith(starts) and line.endswith(b"\n") for line in lines)
+
+    for name in ("SIGKILL", "SIGTERM", "SIGINT"):
+        for _ in range(number):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            arguments = ["--no_cuda", "--model_path", "model/epoch3", "--web", "--port", str(port)]
+            process = bench.start("interact", *arguments)
+            ends = time.monotonic() + rng.uniform(0.3, 8)
+            asking = threading.Thread(target=lambda p=port, e=ends: keep_asking(p, e))
+            asking.start()
+            time.sleep(ends - time.monotonic())
+            process.send_signal(getattr(signal, name))
+            codes = (-getattr(signal, name), 130)
+            yield f"服务器 {name}", run_and_judge(process, is_intact, codes=codes)
+            asking.join()
+
+
+def keep_asking(port: int, ends: float) -> None:
+    """到 ends（time.monotonic）为止，四个人不停地问。"""
+    while time.monotonic() < ends:
+        askers = [threading.Thread(target=ask, args=(port,)) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+        time.sleep(0.05)
+
+
 def full_disks(bench: Bench, number: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """写到一半写不下了；原来的还在。"""
     folder = bench.folder
@@ -364,6 +417,7 @@ def main() -> None:
             "files": lambda: damaged_files(bench, args.injections, rng),
             "inputs": lambda: hostile_inputs(bench),
             "signals": lambda: signals(bench, args.runs, rng),
+            "server": lambda: servers(bench, args.runs, rng),
             "disks": lambda: full_disks(bench, args.runs, rng),
             "two": lambda: two_at_once(bench, args.runs, rng),
         }
