@@ -5,7 +5,6 @@ transformers 用到时才导入：对话只需要这里的检查，不必等它�
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 from chitchat.tokens.tokenizer import special_ids
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def build_model(
 
     advice = "可参照 model/config.json"
     try:
-        fields = json.loads(config_path.read_text(encoding="utf-8"))
+        fields = parse_json(config_path.read_text(encoding="utf-8"))
         fields.update(token_id_fields(tokenizer))
     except FileNotFoundError:
         raise UserError(f"找不到模型结构 {config_path}：请用 --model_config 指定") from None

@@ -6,7 +6,6 @@ torch 与 transformers 用到时才导入：对话只需要这里的检查，不
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from chitchat.architecture import token_id_fields
 from chitchat.chat_template import wrap_tokenizer
 from chitchat.checksums import check_folder, write_checksums
 from chitchat.errors import UserError
-from chitchat.files import atomic_directory
+from chitchat.files import atomic_directory, parse_json
 from chitchat.hub import explain_hub_error, is_hub_name
 from chitchat.tokens.tokenizer import load_tokenizer, unspeakable_ids, vocab_text
 from chitchat.weights import check_sizes, check_weight_files, read_weights
@@ -125,7 +124,7 @@ def weights_stamp(model_dir: str) -> list[list]:
 def read_config(model_dir: str) -> dict:
     """模型文件夹的 config.json；读不出时是空的字典，毛病留给读模型时去说。"""
     try:
-        fields = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8-sig"))
+        fields = parse_json((Path(model_dir) / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}

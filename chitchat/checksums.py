@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 
 CHECKSUMS_NAME = "checksums.json"
 BLOCK_BYTES = 1 << 20
@@ -68,7 +69,7 @@ def check_folder(folder: Path) -> None:
         return
     own = f"要是你自己改的，就删去 {path}"
     try:
-        saved = {name: dict(entry) for name, entry in json.loads(path.read_bytes()).items()}
+        saved = {name: dict(entry) for name, entry in parse_json(path.read_bytes()).items()}
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path} 已损坏：请从原处重新复制整个文件夹；{own}") from None
     for name, described in saved.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import platform
 import re
@@ -29,6 +30,14 @@ def find_shipped(path: Path) -> Path:
     """
     shipped = ROOT / path
     return shipped if not path.exists() and shipped.exists() else path
+
+
+def parse_json(text: str | bytes) -> object:
+    """读 JSON；坏的都抛出 ValueError，套得太深的也是。"""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON 套得太深") from None
 
 
 def check_writable(directory: Path) -> None:

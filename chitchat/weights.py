@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def _check_shards(directory: Path) -> None:
     """分成好几片的权重，目录里列出的每一片都要在。"""
     for path in sorted(directory.glob("*.index.json")):
         try:
-            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values())
             missing = sorted(name for name in names if not (directory / name).is_file())
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} 已损坏，看不出权重分成了哪几片：{AGAIN}") from None
@@ -164,7 +164,7 @@ def _read_shapes(path: Path) -> dict[str, Sequence[int]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= size - 8 else {}
+            header = parse_json(file.read(length)) if length <= size - 8 else {}
         header.pop("__metadata__", None)
         end = max(entry["data_offsets"][1] for entry in header.values())
         shapes = {name: entry["shape"] for name, entry in header.items()}

@@ -98,7 +98,7 @@ class Bench:
         return [
             *("--no_cuda", "--vocab_path", str(ROOT / "vocab/vocab.txt"), "--max_len", "64"),
             *("--model_config", "small.json", "--save_model_path", folder, "--epochs", "3"),
-            *("--save_steps", "2", "--train_path", "train.pkl", *more),
+            *("--save_steps", "2", "--train_path", "train.pkl", "--optimizer", "adamw", *more),
         ]
 
     def answer(self, output: str) -> list[str]:

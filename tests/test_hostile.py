@@ -19,6 +19,7 @@ import preprocess
 from chitchat import cli
 from chitchat.chat.transcript import Transcript
 from chitchat.chat.whole_files.partial_replies import PartialReplies
+from chitchat.checkpoint import load_model, load_model_tokenizer, save_checkpoint
 from chitchat.corpus import sources
 from chitchat.corpus.reader import read_dialogues
 from chitchat.errors import UserError
@@ -42,6 +43,26 @@ def test_deep_json_takes_little_memory(content, before, tmp_path):
         read(path)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "checksums.json"])
+def test_deep_json_in_a_model_folder_is_one_sentence(name, make_model, tokenizer, tmp_path):
+    save_checkpoint(tmp_path / "model", make_model(), tokenizer)
+    (tmp_path / "model" / name).write_text("[" * 100_000)
+    read = load_model_tokenizer if name == "tokenizer.json" else lambda path, _: load_model(path)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        read(str(tmp_path / "model"), None)
+
+
+def test_deep_json_beside_the_data_is_one_sentence(tmp_path):
+    for name in ("tokens", "offsets"):
+        np.save(tmp_path / f"{name}.npy", np.arange(3))
+    (tmp_path / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"meta\.json"):
+        load_token_table(tmp_path, 13317)
+    (tmp_path / "out.part").write_text("[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"out\.part"):
+        PartialReplies(tmp_path / "out.part", {"input_path": "x"}, 0)
 
 
 def test_brackets_in_messages_are_not_depth(tmp_path):
@@ -88,6 +109,16 @@ def test_one_line_of_json_may_be_long(tmp_path, monkeypatch):
     path.write_text("[" + ",".join(['["你好","好"]'] * 50_000) + "]", encoding="utf-8")
     assert path.stat().st_size > 2 * sources.MAX_LINE_BYTES
     assert len(read(path)) == 50_000
+
+
+@pytest.mark.parametrize("place", [10, 11, 30])
+def test_damage_inside_a_gz_is_one_sentence(place, tmp_path):
+    data = bytearray(gzip.compress(("你好\n好\n\n" * 50).encode()))
+    data[place] ^= 0xFF
+    path = tmp_path / "talk.txt.gz"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"talk\.txt\.gz"):
+        read(path)
 
 
 def test_an_utterance_as_long_as_a_book_is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from chitchat.checkpoint import load_model
 from chitchat.checksums import check_folder
 from chitchat.cli import quiet_transformers
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 from chitchat.weights import WRAPPERS, check_sizes
 
 
@@ -44,7 +44,7 @@ def _read_standard_folder(directory: Path) -> tuple[dict, dict[str, Tensor]] | N
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] != "gpt2":
             return None
         check_sizes(directory, config, None)

@@ -9,6 +9,7 @@ import importlib
 import lzma
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
@@ -24,7 +25,10 @@ TEXT_SUFFIXES = (
 PACKED_SUFFIXES = (
     ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".xlsx", ".xlsm",
 )  # fmt: skip
-BAD_ARCHIVE = (EOFError, zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, lzma.LZMAError)
+BAD_ARCHIVE = (
+    *(EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, tarfile.TarError),
+    lzma.LZMAError,
+)
 _NOT_TEXT = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "旧版 Office 文件（.xls、.doc）",
      "在 Excel 或 WPS 里另存为 .xlsx、CSV 或纯文本"),
@@ -120,7 +124,11 @@ def _wanted(name: str) -> bool:
 
 
 def _open_tar(path: Path, opener: Callable[[BinaryIO], BinaryIO]) -> list[Part]:
-    with path.open("rb") as raw, _explaining(path), tarfile.open(fileobj=opener(raw)) as archive:
+    with (
+        path.open("rb") as raw,
+        explaining_damage(path),
+        tarfile.open(fileobj=opener(raw)) as archive,
+    ):
         names = [member.name for member in archive if member.isfile() and _wanted(member.name)]
 
     _refuse_repeated(path, names)
@@ -145,17 +153,20 @@ def _parts(
 
 
 @contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[None]:
+def explaining_damage(name: Path | str) -> Iterator[None]:
+    """解压时的异常变成一句话；bz2 抛出的是没有编号的 OSError，有编号的是真正的读盘错误。"""
     try:
         yield
-    except BAD_ARCHIVE as error:
-        raise UserError(f"{path} 不是完整的压缩包（{error}）：请重新下载或解压后再试") from error
+    except (*BAD_ARCHIVE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{name} 没有压缩完整（{error}）：请重新下载或解压后再试") from error
 
 
 def _open_zip(path: Path) -> list[Part]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} 不是完整的 zip 文件：请重新下载或解压后再试")
-    with _explaining(path), zipfile.ZipFile(path) as archive:
+    with explaining_damage(path), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     all_names = {member.filename for member in members}
     if any(name.startswith("xl/") for name in all_names):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 
 
 def open_excel(path: Path) -> list[tuple[str, str, Callable[[BinaryIO], BinaryIO]]]:
@@ -56,7 +57,7 @@ def open_chunked(manifest: Path) -> FromChunks:
 
 
 def _chunked(manifest: Path) -> Iterator[bytes]:
-    content = json.loads(manifest.read_text(encoding="utf-8-sig"))
+    content = parse_json(manifest.read_text(encoding="utf-8-sig"))
     yield json.dumps(content, ensure_ascii=False).encode() + b"\n"
     for path in chunk_paths(manifest):
         with path.open("rb") as file:
@@ -68,7 +69,7 @@ def _chunked(manifest: Path) -> Iterator[bytes]:
 def chunk_paths(manifest: Path) -> list[Path]:
     """清单所指的各块，按次序；不是这种清单时是空的。"""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8-sig"))
+        content = parse_json(manifest.read_text(encoding="utf-8-sig"))
         is_chunked = "chunked-jsonl" in json.dumps(content)
     except (OSError, ValueError, RecursionError):
         return []

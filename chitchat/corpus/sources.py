@@ -18,6 +18,7 @@ from chitchat.corpus.containers import (
     BAD_ARCHIVE,
     PACKED_SUFFIXES,
     TEXT_SUFFIXES,
+    explaining_damage,
     open_container,
 )
 from chitchat.corpus.encodings import detect_encoding, find_mixed_line
@@ -73,7 +74,7 @@ class Source:
             UserError: 读到不合编码的字节（指出文件和行号），一行太长，或压缩包已损坏。
         """
         try:
-            with self.path.open("rb") as raw:
+            with explaining_damage(self.name), self.path.open("rb") as raw:
                 limit = None if has_long_lines else MAX_LINE_BYTES
                 stream = _Reporting(self.open_bytes(raw), lambda: report(raw.tell()), limit)
                 with io.TextIOWrapper(io.BufferedReader(stream), self.encoding) as text:
@@ -84,10 +85,6 @@ class Source:
             raise UserError(
                 f"{self.name} 不是 {self.encoding.upper()}（{error}）："
                 "请去掉 --encoding，或改成真正的编码"
-            ) from error
-        except BAD_ARCHIVE as error:
-            raise UserError(
-                f"{self.name} 没有压缩完整（{error}）：请重新下载或解压后再试"
             ) from error
 
     def _describe_bad_byte(self) -> str:

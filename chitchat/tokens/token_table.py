@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from chitchat.checksums import find_damage, is_same_size
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 from chitchat.tokens.token_writer import META_NAME, OFFSETS_NAME, TOKENS_NAME, meta_path
 
 # 每个 token 在文件里至少一字节；反复引用同一个列表的，展开来至多是文件的这么多倍。
@@ -225,7 +225,7 @@ def _map_again(folder: Path, stamp: tuple[tuple[int, int], ...]) -> TokenTable:
 
 def _read_meta(path: Path) -> dict:
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
             f"训练数据的说明 {path} 已损坏（{error}）；请重新运行 python preprocess.py"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 from chitchat.tokens.vocabulary import (
     CLS_TOKEN,
     REQUIRED_TOKENS,
@@ -163,9 +163,9 @@ def _parse_tokenizer_json(text: str, path: Path) -> Tokenizer:
     """由 tokenizer.json 的内容建立分词器。"""
     hint = "请换一份完整的文件，或删去它并在同一文件夹放入 vocab.txt。"
     try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} 不是完整的 JSON（第 {error.lineno} 行出错）：{hint}") from error
+        parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} 不是完整的 JSON（{error}）：{hint}") from error
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers 只抛这一种

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chitchat.chat.options import KNOBS, SamplingOptions
 from chitchat.chat.web.errors import MAX_SHOWN, ApiError, invalid, shown
 from chitchat.errors import UserError
+from chitchat.files import parse_json
 
 SPEAKERS = ("user", "assistant")
 LEFT_OUT = ("system", "developer")
@@ -99,8 +99,8 @@ def parse_chat_request(
 
 def _parse_json(body: bytes) -> Mapping[str, object]:
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(body)
+    except ValueError as error:
         raise invalid(None, f"请求体不是 JSON（{str(error)[:MAX_SHOWN]}）") from None
     if not isinstance(fields, dict):
         raise invalid(None, f"请求体应为 JSON 对象，得到 {shown(fields)}")

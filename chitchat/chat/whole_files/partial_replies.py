@@ -13,7 +13,7 @@ from typing import TextIO
 from chitchat.checksums import checksum
 from chitchat.cli import notify
 from chitchat.errors import UserError
-from chitchat.files import atomic_file, naming_file
+from chitchat.files import atomic_file, naming_file, parse_json
 
 
 class PartialReplies:
@@ -47,7 +47,7 @@ class PartialReplies:
                 )
         for number, line in enumerate(lines[1:], 2):
             try:
-                self.replies.update(json.loads(_unseal(line)))
+                self.replies.update(parse_json(_unseal(line)))
             except (ValueError, TypeError):
                 notify(f"{path} 第 {number} 行已损坏，那一批重新做")
         if rest:  # 没写完的一批
@@ -92,7 +92,7 @@ def _unseal(line: bytes) -> bytes:
 
 def _parse_header(path: Path, line: bytes) -> dict:
     with contextlib.suppress(ValueError):
-        header = json.loads(_unseal(line))
+        header = parse_json(_unseal(line))
         if isinstance(header, dict) and "input_path" in header:
             return header
     raise _foreign(path)
