@@ -317,6 +317,14 @@ def test_calls_and_other_languages_are_left_out(tmp_path):
     assert read(path) == [["在", "好"]]
 
 
+def test_a_notice_of_two_lines_in_line_is_left_out(tmp_path):
+    lines = ["[LINE] x", "2026/1/2(金)", "20:14\t甲加入了群组", "请大家欢迎", "20:15\t甲\t在吗",
+             "20:16\t乙\t在"]  # fmt: skip
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert read(path) == [["在吗", "在"]]
+
+
 def test_long_lines_take_no_longer_than_their_length(tmp_path):
     """二十万字的一条消息，各种反复的字符：每种都在几秒之内。"""
     for piece in ("1", "QUJD", " ", "[引用 ", "<title>", "\u200e", "> ", "「甲：", "@a."):

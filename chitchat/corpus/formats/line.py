@@ -61,7 +61,7 @@ def _is_open(row: str) -> bool:
 
 
 def _message(date: str, row: str, line: int) -> Message:
-    match = _ROW.fullmatch(row)
+    match = _ROW.match(row)  # 没有正文的系统提示可以接着好几行，不必全都合
     clock = parse_clock_text(match["clock"])
     times = parse_times(f"{date} {clock[0]}:{clock[1]:02}")[:1] if clock else ()  # 月总在日前
     name, text = match["name"].strip(), match["text"]
