@@ -121,6 +121,23 @@ def test_damage_inside_a_gz_is_one_sentence(place, tmp_path):
         read(path)
 
 
+def test_a_zip_whose_names_are_damaged_is_one_sentence(tmp_path):
+    path = tmp_path / "talk.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("聊天.txt", "你好\n好\n")
+    path.write_bytes(path.read_bytes().replace("聊".encode(), b"\xfe\xfe\xfe"))
+    with pytest.raises(UserError, match=r"talk\.zip"):
+        read(path)
+
+
+def test_a_bad_byte_before_a_damaged_end_is_one_sentence(tmp_path):
+    path = tmp_path / "talk.csv.gz"
+    text = "时间,昵称,内容\n".encode() + b"2024,\xff\xfe,\xe4\n" + bytes(range(48, 123)) * 4000
+    path.write_bytes(gzip.compress(text)[:-20])
+    with pytest.raises(UserError, match=r"talk\.csv\.gz"):
+        read(path)
+
+
 def test_an_utterance_as_long_as_a_book_is_refused(tmp_path):
     path = tmp_path / "talk.json"
     path.write_text(json.dumps([["你好", "好"], ["长" * 1_000_001, "好"]]), encoding="utf-8")

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import importlib
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -29,6 +30,8 @@ BAD_ARCHIVE = (
     *(EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, tarfile.TarError),
     lzma.LZMAError,
 )
+# zip 的目录坏了时，文件名不是 UTF-8，各个数也对不上
+BAD_ZIP = (UnicodeDecodeError, NotImplementedError, struct.error, OverflowError)
 _NOT_TEXT = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "旧版 Office 文件（.xls、.doc）",
      "在 Excel 或 WPS 里另存为 .xlsx、CSV 或纯文本"),
@@ -153,11 +156,16 @@ def _parts(
 
 
 @contextlib.contextmanager
-def explaining_damage(name: Path | str) -> Iterator[None]:
-    """解压时的异常变成一句话；bz2 抛出的是没有编号的 OSError，有编号的是真正的读盘错误。"""
+def explaining_damage(name: Path | str, *more: type[Exception]) -> Iterator[None]:
+    """解压时的异常变成一句话；bz2 抛出的是没有编号的 OSError，有编号的是真正的读盘错误。
+
+    Args:
+        name: 给用户看的名字。
+        more: 除了 BAD_ARCHIVE，还有哪些异常表示坏了。
+    """
     try:
         yield
-    except (*BAD_ARCHIVE, OSError) as error:
+    except (*BAD_ARCHIVE, OSError, *more) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{name} 没有压缩完整（{error}）：请重新下载或解压后再试") from error
@@ -166,7 +174,7 @@ def explaining_damage(name: Path | str) -> Iterator[None]:
 def _open_zip(path: Path) -> list[Part]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} 不是完整的 zip 文件：请重新下载或解压后再试")
-    with explaining_damage(path), zipfile.ZipFile(path) as archive:
+    with explaining_damage(path, *BAD_ZIP), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     all_names = {member.filename for member in members}
     if any(name.startswith("xl/") for name in all_names):

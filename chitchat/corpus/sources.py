@@ -96,7 +96,7 @@ class Source:
             return _MARK, error.end
 
         codecs.register_error("chitchat.mark", mark)
-        with self.path.open("rb") as raw:
+        with explaining_damage(self.name), self.path.open("rb") as raw:
             stream = io.BufferedReader(
                 _Reporting(self.open_bytes(raw), lambda: None, MAX_LINE_BYTES)
             )

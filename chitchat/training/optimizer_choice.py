@@ -22,9 +22,7 @@ from chitchat.training.optimizers import hidden_matrices, orthogonalize
 logger = logging.getLogger(__name__)
 
 MAX_MUON_COST = 1.2  # 正交化的时间最多是前向和反向的几倍；再多，少走的步数就抵不上了
-# 一次前向和反向有这么久，就不必再量更大的。不能太短：大模型只看几十个 token 时，时间都花在
-# 读权重上，每个 token 显得比实际贵几倍。
-ENOUGH_SECONDS = 1.5
+ENOUGH_SECONDS = 1.5  # 一次前向和反向有这么久，就不必再量更大的
 
 
 def choose_optimizer(loss_module: LossModule, loader: DataLoader, *, num_processes: int) -> str:
@@ -42,7 +40,7 @@ def choose_optimizer(loss_module: LossModule, loader: DataLoader, *, num_process
     num_rows = max(1, len(loader.dataset) // len(loader) // num_processes)
     batch = _middle_batch(loader.dataset, num_rows)
     orthogonalizing = measure_orthogonalizing(loss_module.model)
-    training = measure_seconds_per_token(loss_module, batch) * tokens_per_update
+    training = measure_training(loss_module, batch, tokens_per_update)
     logger.info(
         "optimizer auto: seconds per update: forward and backward=%.3f orthogonalizing=%.3f",
         *(training, orthogonalizing),
@@ -69,13 +67,14 @@ def measure_orthogonalizing(model: nn.Module) -> float:
     return total
 
 
-def measure_seconds_per_token(loss_module: LossModule, batch: Batch) -> float:
-    """前向和反向平均每个 token 要多少秒；由少到多地量，到整批或 ENOUGH_SECONDS 秒为止。
+def measure_training(loss_module: LossModule, batch: Batch, num_tokens: float) -> float:
+    """num_tokens 个 token 的前向和反向要多少秒；由少到多地量，照最后两种大小之间的斜率推算。
 
+    读权重、写梯度的时间与 token 数无关：大模型只看几十个 token 时，按比例推算会多出几倍。
     每种大小量两次，取短的：新的形状头一次要准备。
     """
     device = loss_module.model.device
-    best = None
+    points = [(0, 0.0)]
 
     def run(num_rows: int) -> None:
         input_ids, labels = batch.input_ids[:num_rows], batch.labels[:num_rows]
@@ -87,15 +86,17 @@ def measure_seconds_per_token(loss_module: LossModule, batch: Batch) -> float:
             try:
                 seconds = min(_measure(device, functools.partial(run, num_rows)) for _ in range(2))
             except RuntimeError as error:
-                if best is None or not is_out_of_memory(error):
+                if len(points) == 1 or not is_out_of_memory(error):
                     raise
                 break
-            best = seconds / sum(batch.lengths[:num_rows])
-            if seconds >= ENOUGH_SECONDS or num_rows >= len(batch.lengths):
+            points.append((sum(batch.lengths[:num_rows]), seconds))
+            has_slope = len(points) > 2  # 除了 (0, 0) 还有两种大小
+            if num_rows >= len(batch.lengths) or (has_slope and seconds >= ENOUGH_SECONDS):
                 break
             num_rows *= 2
     loss_module.zero_grad(set_to_none=True)
-    return best
+    (fewer, shorter), (more, longer) = points[-2:]
+    return longer + max(0.0, longer - shorter) / (more - fewer) * (num_tokens - more)
 
 
 def _measure(device: torch.device, run: Callable[[], object]) -> float:

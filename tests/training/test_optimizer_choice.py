@@ -17,7 +17,7 @@ from chitchat.training.optimizer_choice import (
     MAX_MUON_COST,
     choose_optimizer,
     measure_orthogonalizing,
-    measure_seconds_per_token,
+    measure_training,
 )
 from chitchat.training.processes import Processes
 
@@ -53,7 +53,7 @@ def clock(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(
         optimizer_choice, "measure_orthogonalizing", lambda model: clock.orthogonalizing
     )
-    monkeypatch.setattr(optimizer_choice, "measure_seconds_per_token", lambda *_: 1.0)
+    monkeypatch.setattr(optimizer_choice, "measure_training", lambda _, __, num_tokens: num_tokens)
     return clock
 
 
@@ -79,7 +79,7 @@ def test_measuring_changes_nothing(make_model):
 
 
 class Slow(nn.Module):
-    """每个 token 要一秒的模型；记下看到的段数。"""
+    """每次要 overhead 秒、每个 token 另要 seconds 秒的模型；记下看到的段数。"""
 
     def __init__(self, limit: int, monkeypatch) -> None:
         super().__init__()
@@ -92,27 +92,30 @@ class Slow(nn.Module):
         if len(input_ids) > self.limit:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         self.seen.append(len(input_ids))
-        self.now += input_ids.numel() * self.seconds
+        self.now += self.overhead + input_ids.numel() * self.seconds
         return (self.weight * input_ids.sum()).reshape(1, 1)
 
 
+@pytest.mark.parametrize("overhead", [0.0, 0.7])
 @pytest.mark.parametrize(
     ("seconds", "limit", "seen"),
     [
-        (1.0, 99, [1, 1]),
+        (1.0, 99, [1, 1, 2, 2]),
         (0.1, 99, [1, 1, 2, 2]),
         (1e-4, 99, [1, 1, 2, 2, 4, 4, 8, 8]),
         (1e-4, 3, [1, 1, 2, 2]),
     ],
 )
-def test_bigger_batches_are_timed_until_it_takes_long_enough(seconds, limit, seen, monkeypatch):
+def test_bigger_batches_are_timed_and_the_rest_follows_the_slope(
+    seconds, limit, seen, overhead, monkeypatch
+):
     module = Slow(limit, monkeypatch)
-    module.seconds = seconds
+    module.seconds, module.overhead = seconds, overhead
     batch = SimpleNamespace(
         input_ids=torch.ones(8, 10, dtype=torch.long), labels=None, lengths=[10] * 8
     )
     batch.labels = batch.input_ids
-    assert measure_seconds_per_token(module, batch) == pytest.approx(seconds)
+    assert measure_training(module, batch, 500) == pytest.approx(overhead + 500 * seconds)
     assert module.seen == seen
 
 
