@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from chitchat.tokens.tokenizer import load_tokenizer
 
+# 在后台启动的（&、nohup）不理会 Ctrl+C，各脚本也跟着不理会；测试要它理会
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # 几十个数的模型，多线程只会互相等待
 
 ROOT = Path(__file__).resolve().parent.parent
