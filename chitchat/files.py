@@ -1,4 +1,4 @@
-"""要么整个出现、要么不出现的文件和文件夹。"""
+"""读写文件的零件：要么整个出现、要么不出现的文件和文件夹，坏了时说得清是哪个。"""
 
 from __future__ import annotations
 
@@ -160,11 +160,10 @@ def _explain_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, OSError) or not any(sign in reason for sign in DISK_ERRORS):
+        if isinstance(error, OSError) or not any(sign in str(error) for sign in DISK_ERRORS):
             raise
         raise UserError(
-            f"写不下 {path}（{reason}）：原有的文件没有变；请清出磁盘空间再试，训练可以加 --resume"
+            f"写不下 {path}（{error}）：原有的文件没有变；请清出磁盘空间再试，训练可以加 --resume"
         ) from error
 
 

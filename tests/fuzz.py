@@ -226,12 +226,80 @@ def chat_requests() -> st.SearchStrategy[bytes]:
 
 def build_targets(folder: Folder) -> dict[str, Target]:
     """各处的名字和 Target。"""
+    return (
+        corpus_targets(folder) | data_targets(folder) | model_targets(folder) | chat_targets(folder)
+    )
+
+
+def corpus_targets(folder: Folder) -> dict[str, Target]:
+    """preprocess.py 读的。"""
 
     def named(files: dict[str, bytes]) -> Target:
         inputs = st.sampled_from(sorted(files)).flatmap(
             lambda name: st.tuples(st.just(name), edited([files[name]]))
         )
         return Target(inputs, lambda pair: folder.read_corpus(*pair))
+
+    squeezed = [squeeze(TEXT.encode()) for squeeze in (gzip.compress, lzma.compress)]
+    packed = [pack(f"a.{kind}", TEXT.encode()) for kind in ("zip", "tar", "tgz", "tar.bz2")]
+    suffixes = st.sampled_from([".txt", ".csv", ".json", ".jsonl", ".tsv", ".yml", ".mht", ".conv"])
+    texts = st.binary(max_size=300) | st.text(max_size=200).map(
+        lambda text: text.encode("utf-8", "replace")
+    )
+    return {
+        "语料的各种写法": named({name: FUZZED[name] for name in LAYOUT}),
+        "聊天记录的各种写法": named({k: v for k, v in FUZZED.items() if k not in LAYOUT}),
+        "凭空的语料": Target(
+            st.tuples(suffixes, texts), lambda pair: folder.read_corpus(f"a{pair[0]}", pair[1])
+        ),
+        "压缩包": from_bytes([*packed, *squeezed], lambda data: folder.read_corpus("a.bin", data)),
+        "xlsx": from_bytes([xlsx()], lambda data: folder.read_corpus("a.xlsx", data)),
+    }
+
+
+def data_targets(folder: Folder) -> dict[str, Target]:
+    """train.py 读的训练数据。"""
+    rows = [[101, 872, 102, 13316, 3], [101, 5, 102]]
+    parts = {
+        "tokens.npy": npy(np.arange(9, dtype=np.uint16)),
+        "offsets.npy": npy(np.array([0, 4, 9])),
+        "meta.json": b'{"vocab_size": 13317, "files": {"tokens.npy": {"size": 1, "crc32": "0"}}}',
+    }
+    return {
+        "train.pkl": from_bytes(
+            [pickle.dumps(rows, protocol=protocol) for protocol in (0, 2, 4)],
+            lambda data: load_token_table(folder.write("fuzzed.pkl", data), 13317),
+        ),
+        **{
+            name: from_bytes([seed], lambda data, name=name: folder.read_table(name, data))
+            for name, seed in parts.items()
+        },
+    }
+
+
+def model_targets(folder: Folder) -> dict[str, Target]:
+    """模型文件夹、词表和训练状态。"""
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    return {
+        "vocab.txt": from_bytes(
+            [folder.bytes_of("vocab.txt")],
+            lambda data: load_tokenizer(folder.write("fuzzed.txt", data)),
+        ),
+        **{
+            f"模型的 {name}": from_bytes(
+                [folder.bytes_of(f"model/{name}")],
+                lambda data, name=name: folder.read_model(name, data),
+            )
+            for name in files
+        },
+        "training_state.pt": from_bytes(
+            [folder.bytes_of("state.pt")], lambda data: read_state(folder.write("fuzzed.pt", data))
+        ),
+    }
+
+
+def chat_targets(folder: Folder) -> dict[str, Target]:
+    """interact.py 读的：做到一半的回复、聊天模板、服务器收到的请求体。"""
 
     def request(data: bytes) -> None:
         parse_chat_request(data, SamplingOptions(), model_id="base", max_choices=8)
@@ -251,54 +319,8 @@ def build_targets(folder: Folder) -> dict[str, Target]:
         lambda text: folder.tokenizer.encode(text, add_special_tokens=False).ids
     )
     wrapped = wrap_tokenizer(copy.deepcopy(folder.tokenizer), 320)
-    squeezed = {"gz": gzip.compress(TEXT.encode()), "xz": lzma.compress(TEXT.encode())}
-    packed = {name: pack(f"a.{name}", TEXT.encode()) for name in ("zip", "tar", "tgz", "tar.bz2")}
-    suffixes = st.sampled_from([".txt", ".csv", ".json", ".jsonl", ".tsv", ".yml", ".mht", ".conv"])
-    texts = st.binary(max_size=300) | st.text(max_size=200).map(
-        lambda text: text.encode("utf-8", "replace")
-    )
     body = json.dumps({"messages": [{"role": "user", "content": "你好"}], "n": 2, "stop": ["。"]})
-    rows = [[101, 872, 102, 13316, 3], [101, 5, 102]]
-    model_files = ("config.json", "model.safetensors", "tokenizer.json")
     return {
-        "语料的各种写法": named({name: FUZZED[name] for name in LAYOUT}),
-        "聊天记录的各种写法": named({k: v for k, v in FUZZED.items() if k not in LAYOUT}),
-        "凭空的语料": Target(
-            st.tuples(suffixes, texts), lambda pair: folder.read_corpus(f"a{pair[0]}", pair[1])
-        ),
-        "压缩包": from_bytes(
-            [*packed.values(), *squeezed.values()],
-            lambda data: folder.read_corpus("a.bin", data),
-        ),
-        "xlsx": from_bytes([xlsx()], lambda data: folder.read_corpus("a.xlsx", data)),
-        "train.pkl": from_bytes(
-            [pickle.dumps(rows, protocol=protocol) for protocol in (0, 2, 4)],
-            lambda data: load_token_table(folder.write("fuzzed.pkl", data), 13317),
-        ),
-        "tokens.npy": from_bytes(
-            [npy(np.arange(9, dtype=np.uint16))], lambda data: folder.read_table("tokens.npy", data)
-        ),
-        "offsets.npy": from_bytes(
-            [npy(np.array([0, 4, 9]))], lambda data: folder.read_table("offsets.npy", data)
-        ),
-        "meta.json": from_bytes(
-            [b'{"vocab_size": 13317, "files": {"tokens.npy": {"size": 1, "crc32": "0"}}}'],
-            lambda data: folder.read_table("meta.json", data),
-        ),
-        "vocab.txt": from_bytes(
-            [folder.bytes_of("vocab.txt")],
-            lambda data: load_tokenizer(folder.write("fuzzed.txt", data)),
-        ),
-        **{
-            f"模型的 {name}": from_bytes(
-                [folder.bytes_of(f"model/{name}")],
-                lambda data, name=name: folder.read_model(name, data),
-            )
-            for name in model_files
-        },
-        "training_state.pt": from_bytes(
-            [folder.bytes_of("state.pt")], lambda data: read_state(folder.write("fuzzed.pt", data))
-        ),
         "做到一半的回复": from_bytes([folder.bytes_of("out.part")], partial),
         "聊天模板": Target(st.lists(utterance, min_size=1, max_size=4), template),
         "请求体，改动": from_bytes([body.encode()], request),

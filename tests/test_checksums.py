@@ -127,8 +127,10 @@ def test_damaged_checkpoint_offers_the_others_and_the_way_out(checkpoint):
 
 
 def test_the_card_may_be_edited(checkpoint):
+    before = load_engine(str(checkpoint), precision="fp32", device=CPU)
     (checkpoint / "README.md").write_text("我的")  # 与原来一样长
-    load_engine(str(checkpoint), precision="fp32", device=CPU)
+    engine = load_engine(str(checkpoint), precision="fp32", device=CPU)
+    assert engine.vocab_size == before.vocab_size
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"config.json": 1}', ""])

@@ -26,12 +26,11 @@ TEXT_SUFFIXES = (
 PACKED_SUFFIXES = (
     ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".xlsx", ".xlsm",
 )  # fmt: skip
-BAD_ARCHIVE = (
-    *(EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, tarfile.TarError),
-    lzma.LZMAError,
-)
-# zip 的目录坏了时，文件名不是 UTF-8，各个数也对不上
-BAD_ZIP = (UnicodeDecodeError, NotImplementedError, struct.error, OverflowError)
+_BAD_ARCHIVE = (
+    EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, tarfile.TarError, lzma.LZMAError,
+)  # fmt: skip
+# zip 的目录坏了时，文件名不是 UTF-8，各个数对不上，或成了 zipfile 不认得的版本
+_BAD_ZIP = (UnicodeDecodeError, NotImplementedError, struct.error, OverflowError)
 _NOT_TEXT = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "旧版 Office 文件（.xls、.doc）",
      "在 Excel 或 WPS 里另存为 .xlsx、CSV 或纯文本"),
@@ -108,11 +107,8 @@ def _is_tar(head: bytes) -> bool:
 
 
 def _open_compressed(path: Path, opener: Callable[[BinaryIO], BinaryIO]) -> list[Part]:
-    with path.open("rb") as raw:
-        try:
-            head = opener(raw).read(1 << 12)
-        except (*BAD_ARCHIVE, OSError) as error:
-            raise UserError(f"{path} 读不出来（{error}）：请重新下载或解压") from error
+    with path.open("rb") as raw, explaining_damage(path):
+        head = opener(raw).read(1 << 12)
     if _is_tar(head):
         return _open_tar(path, opener)
     _refuse_binary(path, head)
@@ -157,24 +153,27 @@ def _parts(
 
 @contextlib.contextmanager
 def explaining_damage(name: Path | str, *more: type[Exception]) -> Iterator[None]:
-    """解压时的异常变成一句话；bz2 抛出的是没有编号的 OSError，有编号的是真正的读盘错误。
+    """解压时的异常变成一句话；有编号的 OSError 是真正的读盘错误，补上文件名，照样抛出。
 
     Args:
         name: 给用户看的名字。
-        more: 除了 BAD_ARCHIVE，还有哪些异常表示坏了。
+        more: 除了各种压缩坏了的，还有哪些异常也是。
     """
     try:
         yield
-    except (*BAD_ARCHIVE, OSError, *more) as error:
+    except (*_BAD_ARCHIVE, OSError, *more) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{name} 没有压缩完整（{error}）：请重新下载或解压后再试") from error
+            error.filename = error.filename or str(name)
+            raise  # bz2 坏了时，抛出的是没有编号的 OSError
+        raise UserError(
+            f"{name} 读不出来（{error}）：可能没有压缩完整，请重新下载或解压后再试"
+        ) from error
 
 
 def _open_zip(path: Path) -> list[Part]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} 不是完整的 zip 文件：请重新下载或解压后再试")
-    with explaining_damage(path, *BAD_ZIP), zipfile.ZipFile(path) as archive:
+    with explaining_damage(path, *_BAD_ZIP), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     all_names = {member.filename for member in members}
     if any(name.startswith("xl/") for name in all_names):

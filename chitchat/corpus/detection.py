@@ -10,7 +10,15 @@ from chitchat.corpus.formats.chatlab import CHATLAB
 from chitchat.corpus.formats.discord import DISCORD
 from chitchat.corpus.formats.json_dialogues import JSON
 from chitchat.corpus.formats.line import LINE
-from chitchat.corpus.formats.plain import CONV, ROWS, SCRIPT, TEXT, YAML, has_labels
+from chitchat.corpus.formats.plain import (
+    CONV,
+    ROWS,
+    SCRIPT,
+    TEXT,
+    YAML,
+    has_labels,
+    mark_of_rows,
+)
 from chitchat.corpus.formats.qq import QQ
 from chitchat.corpus.formats.tables import TABLE
 from chitchat.corpus.formats.telegram import TELEGRAM
@@ -79,18 +87,19 @@ def detect_format(head: Head) -> Detected:
 
 
 def _doubts_of_rows(head: Head) -> list[str]:
-    """当作一行一段、以 TAB 分隔之前，看看第一格是不是话。
+    """当作一行一段之前，看看第一格是不是话。
 
     Raises:
         UserError: 各行都有一格是时间。
     """
-    rows = [[cell.strip() for cell in line.split("\t")] for line in head.lines[:200]]
+    mark = mark_of_rows(head)
+    rows = [[cell.strip() for cell in line.split(mark)] for line in head.lines[:200]]
     rows = [row for row in rows if len(row) > 1]
     timed = [row for row in rows if any(parse_times(cell) for cell in row[:3])]
     if len(rows) > 1 and len(timed) >= 0.8 * len(rows):
         raise UserError(
             f"各行都有一格是时间（如 {timed[0][0]!r}），像是没有表头的聊天记录："
-            "请在第一行写上列名（time、sender、content，以 TAB 隔开），另存为 .csv"
+            "请在第一行写上列名 time、sender、content，各列都以 TAB 隔开，另存为 .csv"
         )
     first = [row[0] for row in rows]
     if len(first) > 5 and not has_labels(head.lines):

@@ -72,9 +72,6 @@ def read_source(
             finally:  # --max_dialogues 够了就不再读，那时也要记下
                 ends = file.newlines or ()
                 tally.newlines = (ends,) if isinstance(ends, str) else ends
-    except OSError as error:
-        error.filename = error.filename or source.name
-        raise
     except csv.Error as error:
         raise UserError(f"{source.name} 不是完整的 CSV（{error}）：请重新导出") from error
     except UserError as error:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from chitchat.corpus.containers import (
-    BAD_ARCHIVE,
     PACKED_SUFFIXES,
     TEXT_SUFFIXES,
     explaining_damage,
@@ -175,7 +174,8 @@ def _open(path: Path, encoding: str, is_listed: bool) -> Iterator[Source]:
 
 def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -> str:
     """认出编码；旧编码要看完全文，里面夹着 UTF-8 的就不知道该信哪一种。"""
-    try:
+    # zipfile 不会解的压缩办法、要密码的，抛出后两种
+    with explaining_damage(name, NotImplementedError, RuntimeError):
         with path.open("rb") as raw:
             found = detect_encoding(open_bytes(raw).read(SAMPLE_BYTES))
         if not found.startswith("utf"):
@@ -187,8 +187,6 @@ def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -
                     f"{name} 里两种编码混在一起：大部分像 {encoding_label(found)}，"
                     f"第 {number} 行却是 UTF-8；请分开存成 UTF-8，或用 --encoding 指定其中一种"
                 )
-    except (*BAD_ARCHIVE, OSError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{name} 读不出来（{error}）：请重新下载或解压") from error
     return found
 
 

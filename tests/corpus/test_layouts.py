@@ -232,6 +232,19 @@ def test_suspicious_layout_is_refused_and_can_be_forced(text, words, tmp_path):
     assert read(path, format="text")
 
 
+@pytest.mark.parametrize("mark", ["\t", " | ", "__eou__"])
+def test_times_between_any_marks_are_refused_and_the_mend_works(mark, tmp_path):
+    rows = [[f"2026.01.02 20:{i:02}:11", ("小明", "小红")[i % 2], f"第{i}句"] for i in range(6)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(map(mark.join, rows)), encoding="utf-8")
+    with pytest.raises(UserError, match=r"各行都有一格是时间.*第一行写上列名"):
+        read(path)
+    mended = tmp_path / "a.csv"
+    rows.insert(0, ["time", "sender", "content"])
+    mended.write_text("\n".join(map("\t".join, rows)), encoding="utf-8")
+    assert read(mended) == [[f"第{i}句" for i in range(6)]]
+
+
 def test_doubtful_layout_is_warned_about(tmp_path, capsys):
     path = tmp_path / "a.txt"
     path.write_text("你好\n在\n=====\n吃了吗\n吃了\n=====\n", encoding="utf-8")

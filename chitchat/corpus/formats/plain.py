@@ -90,12 +90,17 @@ def _mark_of(lines: Sequence[str]) -> str:
     return ""
 
 
+def mark_of_rows(head: Head) -> str:
+    """一行一段的文件里，各句以什么分隔。"""
+    return "\t" if head.suffix == ".tsv" else _mark_of(head.lines[:200]) or "\t"
+
+
 def read_rows(file: TextIO, options: ReadOptions, head: Head) -> Iterator[Dialogue]:
     """一行一段对话，各句以同一种记号分隔。"""
     if any(_RECORD in line for line in head.lines[:1]):
         yield from _read_records(file)
         return
-    mark = "\t" if head.suffix == ".tsv" else _mark_of(head.lines[:200]) or "\t"
+    mark = mark_of_rows(head)
     is_labelled = mark == "\t" and has_labels(head.lines)
     for number, line in enumerate(file, 1):
         cells = [text for cell in line.split(mark) if (text := strip_blank(cell))]
