@@ -18,6 +18,7 @@ import logging
 import lzma
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -57,6 +58,7 @@ from chitchat.training.state import DamagedStateError, read_state  # noqa: E402
 
 VOCAB_SIZE = 2000  # 词表的前这么多项，含特殊 token
 SECONDS = 10  # 一个输入超过它就算不停
+MAX_BYTES = 4 << 30
 REFUSALS = (UserError, ApiError, DamagedStateError)
 CPU = torch.device("cpu")
 # 各种格式里有意思的片段，比随机的字节更容易走到深处。
@@ -328,8 +330,11 @@ def chat_targets(folder: Folder) -> dict[str, Target]:
     }
 
 
-def silence() -> None:
-    """日志和别的库的警告不打印，一个线程。"""
+def prepare() -> None:
+    """日志和别的库的警告不打印，一个线程，内存至多再用 MAX_BYTES。"""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MAX_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     quiet_transformers()
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -405,7 +410,7 @@ def atheris_child(name: str, corpus: str, runs: str) -> None:
     """run_atheris 的另一头：试够了就打印数目，结束进程。"""
     import atheris
 
-    silence()
+    prepare()
     counts: Counter[str] = Counter()
     path = tempfile.TemporaryDirectory()
     target = build_targets(Folder(Path(path.name)))[name]
@@ -418,7 +423,7 @@ def atheris_child(name: str, corpus: str, runs: str) -> None:
             os._exit(0)  # libFuzzer 自己结束时不执行 Python 的收尾
 
     longest = max(map(len, target.seeds)) + 1000
-    options = [f"-max_len={longest}", f"-artifact_prefix={corpus}/"]
+    options = [f"-max_len={longest}", f"-artifact_prefix={corpus}/", "-rss_limit_mb=4096"]
     atheris.Setup([sys.argv[0], *options, corpus], one_input)
     atheris.Fuzz()
 
@@ -429,7 +434,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="只试名字里有它的")
     parser.add_argument("--atheris", type=int, default=0, help="每一处再用 atheris 试几次")
     args = parser.parse_args()
-    silence()
+    prepare()
     columns = ("read", "refused", "escaped")
     print(f"| 哪里 | 办法 | 输入 | {' | '.join(columns)} |\n| --- | --- | --: | --: | --: | --: |")
     with tempfile.TemporaryDirectory() as path:

@@ -145,6 +145,33 @@ def test_an_utterance_as_long_as_a_book_is_refused(tmp_path):
         read(path)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_a_pickle_that_asks_for_gigabytes_takes_little_memory(tmp_path):
+    """LONG_BINPUT 把一项存到第五亿格：C 的 unpickler 会先把两倍的格都造出来，八 GB。"""
+    path = tmp_path / "train.pkl"
+    path.write_bytes(b"\x80\x02]r\xff\xff\xff\x1f(]r\x01\0\0\0(KeK\x05Kfee.")
+    code = """
+import resource, sys
+from pathlib import Path
+from chitchat.errors import UserError
+from chitchat.tokens.token_table import load_token_table
+before = resource.getrlimit(resource.RLIMIT_AS)
+try:
+    load_token_table(Path(sys.argv[1]), 13317)
+except UserError as error:
+    print(error)
+assert resource.getrlimit(resource.RLIMIT_AS) == before
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    ended = subprocess.run(
+        command, cwd=Path(preprocess.__file__).parent, capture_output=True, text=True, check=True
+    )
+    sentence, peak = ended.stdout.splitlines()
+    assert f"{path} 不是可信的 train.pkl" in sentence
+    assert int(peak) < 1_500_000  # KB，包括本来就有的
+
+
 def test_offsets_whose_differences_overflow_are_refused(tmp_path):
     np.save(tmp_path / "tokens.npy", np.arange(9, dtype=np.uint16))
     huge = 2**63 - 1

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from chitchat.tokens.token_writer import META_NAME, OFFSETS_NAME, TOKENS_NAME, m
 
 # 每个 token 在文件里至少一字节；反复引用同一个列表的，展开来至多是文件的这么多倍。
 MAX_SHARING = 100
+SPARE_BYTES = 1 << 28  # 很小的文件也要这么多才读得动
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _load_lists(path: Path) -> list[list[int]]:
     """读 train.pkl 里不空的对话，只认列表和整数。"""
     advice = "请重新运行 python preprocess.py"
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, _bounded_memory(MAX_SHARING * path.stat().st_size):
             dialogues = _ListUnpickler(file).load()
     except Exception as error:  # 损坏的 pickle 可以抛出任何异常
         if str(error).startswith("invalid load key"):  # 第一个字节就不是 pickle
@@ -130,7 +132,8 @@ def _load_lists(path: Path) -> list[list[int]]:
                 "--save_path data/train.pkl 编码，再用 --train_path data/train.pkl 训练"
             ) from error
         raise UserError(
-            f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，发现 {error}；{advice}"
+            f"{path} 不是可信的 train.pkl，没有读取：应当只含列表和整数，"
+            f"发现 {str(error) or type(error).__name__}；{advice}"
         ) from error
     if isinstance(dialogues, list) and _count_tokens(dialogues) > MAX_SHARING * path.stat().st_size:
         raise UserError(
@@ -143,6 +146,29 @@ def _load_lists(path: Path) -> list[list[int]]:
     if all(len(row) < 2 for row in dialogues):  # 只有 [CLS]，没有要预测的 token
         raise UserError(f"{path} 里没有对话；请检查 preprocess.py 的 --train_path 指向的语料")
     return [row for row in dialogues if row]
+
+
+@contextlib.contextmanager
+def _bounded_memory(num_bytes: int) -> Iterator[None]:
+    """至多再用这么多字节和 SPARE_BYTES，超出就是 MemoryError；没有 /proc 的系统上不限。
+
+    pickle 里一条几个字节的指令就能让它先要下几十 GB，那时还没有内容可以检查。
+    """
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + num_bytes + SPARE_BYTES
+    lower = limit if soft == resource.RLIM_INFINITY else min(soft, limit)
+    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _count_tokens(dialogues: list) -> int:
