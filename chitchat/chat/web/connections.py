@@ -59,16 +59,20 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # 有一点没写出去，pause_writing 就知道
         self._since = self.loop.time()
-        if len(self.connections) > self._limit:
+        if self._num_open() > self._limit:
             others = self.connections - {self}
             listening = [c for c in others if c.is_listening and not c.transport.is_closing()]
             if listening:
                 min(listening, key=lambda connection: connection._since).transport.abort()
         self._watch_head()
 
+    def _num_open(self) -> int:
+        """同时几个连接，不算已经在关的：它们要到事件循环的下一轮才从 connections 里消失。"""
+        return sum(not c.transport.is_closing() for c in self.connections)
+
     def data_received(self, data: bytes) -> None:
         """收下一段。"""
-        self.app_state = {"is_refused": len(self.connections) > self._limit}
+        self.app_state = {"is_refused": self._num_open() > self._limit}
         super().data_received(data)
         self._watch_head()
 

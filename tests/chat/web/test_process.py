@@ -26,6 +26,14 @@ from chitchat.chat.web.server import Access, allowed_hosts, open_socket
 from chitchat.checkpoint import save_checkpoint
 from chitchat.cli import run_cli
 
+def few_files() -> None:
+    """系统给的文件描述符很少时，连接的上限也小，容易满。"""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+
+
+FEW_FILES = {"preexec_fn": few_files}
 LONG = {"temperature": 9, "top_k": 0, "max_tokens": 900, "stream": True}
 
 
@@ -148,10 +156,7 @@ def test_a_signal_as_soon_as_the_address_is_printed_ends_with_0(start):
 @pytest.mark.skipif(os.name == "nt", reason="limits the number of files")
 def test_a_crowd_of_idle_connections_and_half_a_request_at_the_end(start):
     """文件描述符只有 200 个，来了 400 个不说话的；停下时不等没有说完的。"""
-    import resource
-
-    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))}
-    process, port = start(**few)
+    process, port = start(**FEW_FILES)
     with contextlib.ExitStack() as stack:
         address = ("127.0.0.1", port)
         for _ in range(400):
@@ -173,6 +178,27 @@ def test_a_crowd_of_idle_connections_and_half_a_request_at_the_end(start):
     assert "status=499" in log
     assert "Traceback" not in log
     assert len(log) < 10_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the number of files")
+def test_nobody_is_refused_while_idle_connections_make_room(start):
+    """一下子来了许多请求：给一个腾出来的位子还没有空下来，不能因此不收另一个。"""
+    process, port = start(**FEW_FILES)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        assert ask(port, max_tokens=5).status == 200
+        process.send_signal(signal.SIGSTOP)  # 停一下，让它们同时到
+        body = b'{"messages":[{"role":"user","content":"a"}],"max_tokens":1}'
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        newcomers = []
+        for _ in range(40):
+            newcomer = socket.create_connection(("127.0.0.1", port), timeout=60)
+            newcomers.append(stack.enter_context(newcomer))
+            newcomer.sendall(head + body)
+        process.send_signal(signal.SIGCONT)
+        assert [n.recv(12) for n in newcomers] == [b"HTTP/1.1 200"] * len(newcomers)
 
 
 def no_starlette(monkeypatch):
