@@ -26,6 +26,7 @@ from chitchat.chat.web.server import Access, allowed_hosts, open_socket
 from chitchat.checkpoint import save_checkpoint
 from chitchat.cli import run_cli
 
+
 def few_files() -> None:
     """系统给的文件描述符很少时，连接的上限也小，容易满。"""
     import resource
