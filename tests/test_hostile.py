@@ -130,6 +130,26 @@ def test_a_zip_whose_names_are_damaged_is_one_sentence(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("encoding", ["auto", "utf-8"])
+@pytest.mark.parametrize("place", ["offset of the directory", "flags", "version"])
+def test_a_zip_whose_directory_is_damaged_is_one_sentence(place, encoding, tmp_path):
+    """目录记错了文件从哪里开始，或像有密码、要不认得的版本；指定了编码也一样。"""
+    path = tmp_path / "talk.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "你好\n好\n")
+    data = bytearray(path.read_bytes())
+    directory = data.index(b"PK\1\2")
+    if place == "offset of the directory":
+        data[data.index(b"PK\5\6") + 16] += 4  # zipfile 由它推算，会去读 -4
+    elif place == "flags":
+        data[directory + 8] |= 0x20  # 打补丁的数据
+    else:
+        data[directory + 6] = 99
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"talk\.zip"):
+        preprocess.main(["--train_path", str(path), "--encoding", encoding, "--check"])
+
+
 def test_a_bad_byte_before_a_damaged_end_is_one_sentence(tmp_path):
     path = tmp_path / "talk.csv.gz"
     text = "时间,昵称,内容\n".encode() + b"2024,\xff\xfe,\xe4\n" + bytes(range(48, 123)) * 4000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import importlib
 import lzma
@@ -29,8 +30,8 @@ PACKED_SUFFIXES = (
 _BAD_ARCHIVE = (
     EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, tarfile.TarError, lzma.LZMAError,
 )  # fmt: skip
-# zip 的目录坏了时，文件名不是 UTF-8，各个数对不上，或成了 zipfile 不认得的版本
-_BAD_ZIP = (UnicodeDecodeError, NotImplementedError, struct.error, OverflowError)
+# zip 的目录坏了时，文件名不是 UTF-8，各个数对不上，成了 zipfile 不认得的版本，或像有密码的
+_BAD_ZIP = (UnicodeDecodeError, NotImplementedError, struct.error, OverflowError, RuntimeError)
 _NOT_TEXT = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "旧版 Office 文件（.xls、.doc）",
      "在 Excel 或 WPS 里另存为 .xlsx、CSV 或纯文本"),
@@ -155,6 +156,8 @@ def _parts(
 def explaining_damage(name: Path | str, *more: type[Exception]) -> Iterator[None]:
     """解压时的异常变成一句话；有编号的 OSError 是真正的读盘错误，补上文件名，照样抛出。
 
+    bz2 坏了时抛出的 OSError 没有编号；zip 的目录坏了时，zipfile 会去读一个负的位置，编号是 EINVAL。
+
     Args:
         name: 给用户看的名字。
         more: 除了各种压缩坏了的，还有哪些异常也是。
@@ -162,9 +165,9 @@ def explaining_damage(name: Path | str, *more: type[Exception]) -> Iterator[None
     try:
         yield
     except (*_BAD_ARCHIVE, OSError, *more) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             error.filename = error.filename or str(name)
-            raise  # bz2 坏了时，抛出的是没有编号的 OSError
+            raise
         raise UserError(
             f"{name} 读不出来（{error}）：可能没有压缩完整，请重新下载或解压后再试"
         ) from error
@@ -193,7 +196,12 @@ def _open_zip(path: Path) -> list[Part]:
                 "请先用解压软件解开"
             )
     _refuse_repeated(path, [member.filename for member in wanted])
-    return _parts(path, [m.filename for m in wanted], lambda raw, n: zipfile.ZipFile(raw).open(n))
+
+    def open_member(raw: BinaryIO, name: str) -> BinaryIO:
+        with explaining_damage(f"{path}:{name}", *_BAD_ZIP):
+            return zipfile.ZipFile(raw).open(name)
+
+    return _parts(path, [member.filename for member in wanted], open_member)
 
 
 def _refuse_repeated(path: Path, names: list[str]) -> None:

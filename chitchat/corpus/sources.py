@@ -174,8 +174,7 @@ def _open(path: Path, encoding: str, is_listed: bool) -> Iterator[Source]:
 
 def _detect(path: Path, name: str, open_bytes: Callable[[BinaryIO], BinaryIO]) -> str:
     """认出编码；旧编码要看完全文，里面夹着 UTF-8 的就不知道该信哪一种。"""
-    # zipfile 不会解的压缩办法、要密码的，抛出后两种
-    with explaining_damage(name, NotImplementedError, RuntimeError):
+    with explaining_damage(name):
         with path.open("rb") as raw:
             found = detect_encoding(open_bytes(raw).read(SAMPLE_BYTES))
         if not found.startswith("utf"):
