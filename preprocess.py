@@ -26,7 +26,13 @@ from chitchat.corpus.formats.base import Dialogue, ReadOptions
 from chitchat.corpus.reader import FORMAT_NAMES, filter_dialogues, read_source, total_size
 from chitchat.corpus.sources import Source, find_sources
 from chitchat.corpus.statistics import Statistics
-from chitchat.corpus.tally import Tally, describe_source, explain_nothing, speaker_lines
+from chitchat.corpus.tally import (
+    Tally,
+    describe_filters,
+    describe_source,
+    explain_nothing,
+    speaker_lines,
+)
 from chitchat.errors import UserError
 from chitchat.files import find_shipped
 from chitchat.tokens.batch_encoder import DialogueEncoder, EncodedBatch
@@ -142,6 +148,7 @@ class Corpus:
     Attributes:
         sources: 要读的各个文件。
         tallies: 最近一遍读到的各个文件的数目，次序与 sources 相同。
+        num_kept: 最近一遍筛选之后留下的段数。
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -151,14 +158,17 @@ class Corpus:
         names = ("min_turns", "max_turns", "max_dialogues", "drop_duplicates")
         self.filters = {name: getattr(args, name) for name in names}
         self.tallies: list[Tally] = []
+        self.num_kept = 0
 
     def __iter__(self) -> Iterator[tuple[Source, Dialogue]]:
         """逐段读出、筛选，显示进度。"""
-        self.tallies = []
+        self.tallies, self.num_kept = [], 0
         size = total_size(self.sources)
         with tqdm(total=size, unit="B", unit_scale=True, desc="read", disable=None) as bar:
             dialogues = filter_dialogues(self._read_all(bar, size), **self.filters)
-            yield from ((self.sources[len(self.tallies) - 1], dialogue) for dialogue in dialogues)
+            for dialogue in dialogues:
+                self.num_kept += 1
+                yield self.sources[len(self.tallies) - 1], dialogue
 
     def _read_all(self, bar: tqdm, size: int) -> Iterator[Dialogue]:
         finished = 0
@@ -191,6 +201,11 @@ class Corpus:
         if len(lines) > MAX_SUMMARY_LINES:
             more = len(lines) - MAX_SUMMARY_LINES
             lines = [*lines[:MAX_SUMMARY_LINES], f"……还有 {more:,} 行，用 --check 逐个文件看"]
+        num_read = sum(tally.num_dialogues for tally in self.tallies)
+        if num_read != self.num_kept:
+            lines.append(
+                f"读到 {num_read:,} 段，{describe_filters(self.filters)} 留下 {self.num_kept:,} 段"
+            )
         return lines
 
 

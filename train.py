@@ -78,13 +78,13 @@ def prepare_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadM
     """建立或读入模型，检查它与词表、max_len 相配。"""
     if args.pretrained_model:
         model = load_model(args.pretrained_model)
-        check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
         check_same_vocab(
             args.pretrained_model,
             tokenizer,
             args.vocab_path,
             f"请给 preprocess.py 和 train.py 都加上 --vocab_path {args.pretrained_model}",
         )
+        check_vocab_size(model.config.vocab_size, tokenizer, args.pretrained_model)
     else:
         is_own_vocab = is_encoded_with(args.train_path, vocab_fingerprint(tokenizer))
         model = build_model(args.model_config, tokenizer, follow_vocab=is_own_vocab)

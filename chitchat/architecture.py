@@ -55,7 +55,9 @@ def build_model(
         if follow_vocab and config.vocab_size != tokenizer.get_vocab_size():
             logger.info("vocab_size=%d from the vocabulary", tokenizer.get_vocab_size())
             config.vocab_size = tokenizer.get_vocab_size()
-        check_vocab_size(config.vocab_size, tokenizer, config_path)
+        found, wanted = tokenizer.get_vocab_size(), config.vocab_size
+        remedy = f"请把它改成 {found}，或用 --vocab_path 指定有 {wanted} 个词的词表"
+        check_vocab_size(wanted, tokenizer, config_path, remedy)
         return GPT2LMHeadModel(config)
     except UserError:
         raise
@@ -63,13 +65,17 @@ def build_model(
         raise UserError(f"{config_path} 建不成模型：{error}；{advice}") from error
 
 
-def check_vocab_size(vocab_size: int, tokenizer: Tokenizer, source: Path | str) -> None:
-    """确认模型与词表一样大，否则给出怎样改的一句话。"""
+def check_vocab_size(
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    source: Path | str,
+    remedy: str = "请用 --vocab_path 指定训练时的词表",
+) -> None:
+    """确认模型与词表一样大，否则说明两者各是多少、怎样改。"""
     found = tokenizer.get_vocab_size()
     if vocab_size != found:
         raise UserError(
-            f"词表大小不一致：{source} 的 vocab_size 是 {vocab_size}，词表有 {found} 个词；"
-            "请用 --vocab_path 指定训练时的词表，或修改 config.json 的 vocab_size"
+            f"词表大小不一致：{source} 的 vocab_size 是 {vocab_size}，词表有 {found} 个词；{remedy}"
         )
 
 

@@ -24,7 +24,7 @@ from chitchat.weights import check_sizes, check_weight_files, read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
 
 # transformers 和 torch.load 读不出文件时抛出的异常
@@ -84,10 +84,10 @@ def _build(
 ) -> tuple[GPT2LMHeadModel, list[str]]:
     """建立模型并填入权重；给出模型和缺少的权重的名字。"""
     import torch
-    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+    from transformers import GenerationConfig, GPT2LMHeadModel
 
     if weights is None:
-        known = {"config": GPT2Config.from_dict(config)} if config else {}
+        known = {"config": _as_gpt2_config(name_or_dir, config)} if config else {}
         if config and not (Path(name_or_dir) / "generation_config.json").is_file():
             # 否则 transformers 自己再读一遍 config.json，而它读不了 BOM
             known["generation_config"] = GenerationConfig.from_model_config(known["config"])
@@ -95,12 +95,24 @@ def _build(
             name_or_dir, dtype=torch.float32, output_loading_info=True, **known
         )
         return model, sorted(set(report["missing_keys"]) - {"lm_head.weight"})
-    model = GPT2LMHeadModel(GPT2Config.from_dict(config))
+    model = GPT2LMHeadModel(_as_gpt2_config(name_or_dir, config))
     prefix = "" if any(name.startswith("transformer.") for name in weights) else "transformer."
     named = {n if n.startswith("lm_head.") else prefix + n: value for n, value in weights.items()}
     report = model.load_state_dict(named, strict=False)
     missing = [name for name in report.missing_keys if not name.endswith(MASK_BUFFERS)]
     return model.eval(), sorted(set(missing) - {"lm_head.weight"})
+
+
+def _as_gpt2_config(name_or_dir: str, fields: dict) -> GPT2Config:
+    """transformers 的结构。"""
+    from transformers import GPT2Config
+
+    try:
+        return GPT2Config.from_dict(fields)
+    except Exception as error:  # transformers 校验字段时抛出的异常各种各样
+        raise UserError(
+            f"{name_or_dir} 的 config.json 建不成模型（{error}）：请改正，或从原处重新复制"
+        ) from error
 
 
 def _read_valid_config(directory: Path) -> dict:

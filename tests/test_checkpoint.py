@@ -340,6 +340,17 @@ def test_broken_folder_is_explained(breakage, tmp_path, make_model, tokenizer):
     assert str(again.value) == str(error.value)
 
 
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_a_config_that_transformers_refuses_is_explained(as_bin, tmp_path, make_model, tokenizer):
+    directory = tmp_path / "epoch3"
+    save_checkpoint(directory, make_model(), tokenizer)
+    if as_bin:
+        drop_weights(directory, "none")
+    edit_config(directory, summary_use_proj=2000)
+    with pytest.raises(UserError, match=r"config.json 建不成模型.*summary_use_proj"):
+        load_model(str(directory))
+
+
 WRAPPINGS = {
     "DataParallel": lambda weights: {f"module.{name}": v for name, v in weights.items()},
     "torch.compile": lambda weights: {f"_orig_mod.{name}": v for name, v in weights.items()},

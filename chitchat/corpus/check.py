@@ -141,7 +141,7 @@ class CorpusCheck:
             repeated = f"{self.num_repeated_dialogues:,}"
             advice.append(f"{repeated} 段对话与前面的完全相同，可用 --drop_duplicates 去掉")
         num_long = found.num_longer_than(self.max_len)
-        if 20 * num_long > found.num_dialogues:
+        if 20 * num_long > found.num_dialogues > 1:
             advice.append(
                 f"{num_long:,} 段对话比 --max_len {self.max_len} 长，"
                 "训练时会切成几截，可把 train.py 的 --max_len 调大"

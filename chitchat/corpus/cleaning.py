@@ -90,7 +90,8 @@ class Cleaner:
     def _edit(self, text: str) -> str:
         for name, pattern, replacement in _EDITS:
             text, count = pattern.subn(replacement, text)
-            self.counts[name] += bool(count)
+            if count:
+                self.counts[name] += 1
         return " ".join(text.split())
 
     def _reason_to_cut(self, text: str, context: str | None) -> str:

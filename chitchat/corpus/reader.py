@@ -19,6 +19,7 @@ from chitchat.errors import UserError
 __all__ = ["FORMAT_NAMES", "filter_dialogues", "read_dialogues", "read_source", "total_size"]
 
 MAX_UTTERANCE = 1_000_000  # 字；更长的不会是一句话，编码它要几 GB 内存
+LONG_DIALOGUE = 20  # 整个文件只有一段、却有这么多句，多半是忘了空行，提醒一句
 ONE_DIALOGUE = 200  # 认作一行一句的文本只有一段、却有这么多句，就是忘了空行
 
 
@@ -112,14 +113,15 @@ def _check_layout(source: Source, options: ReadOptions, tally: Tally) -> None:
     """
     if tally.is_log:
         return
-    if tally.num_dialogues == 1 and tally.num_utterances > ONE_DIALOGUE:
+    if tally.num_dialogues == 1 and tally.num_utterances > LONG_DIALOGUE:
         problem = f"没有分段，{tally.num_utterances:,} 句成了一段对话"
-        if options.format == "auto" and tally.format == "text":
+        is_guess = options.format == "auto" and tally.format == "text"
+        if is_guess and tally.num_utterances > ONE_DIALOGUE:
             raise UserError(
                 f"{source.name} {problem}：请在各段对话之间加一个空行；每行本来就是一段、"
                 "各句以 TAB 分隔，就用 --format tsv；确实只有一段，就用 --format text"
             )
-        tally.warnings.append(problem)
+        tally.warnings.append(f"{problem}：若不是一段，请在各段之间加一个空行")
     if tally.num_dialogues >= 20 and tally.num_dialogues == tally.num_utterances:
         tally.warnings.append("每段都只有一句话，学不到怎样回答：请去掉同一段对话各句之间的空行")
 

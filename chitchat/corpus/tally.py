@@ -9,6 +9,7 @@ from datetime import datetime
 
 from chitchat.corpus.sources import Source, encoding_label
 
+MAX_PEOPLE = 8  # 说有谁时最多列几个
 _NEWLINES = {"\n": "LF", "\r\n": "CRLF", "\r": "CR"}
 
 
@@ -31,7 +32,7 @@ class Tally:
         private: 被换掉的私人信息，种类 → 处数。
         num_alone: 只有一个人说话、因此不要的段数。
         num_unanswered: 因 --reply_speaker 去掉的句数。
-        cleaned: --clean 去掉的，规则 → 句数。
+        cleaned: --clean 改动或去掉的，规则 → 句数；一句可以合几条规则。
         num_dialogues, num_utterances: 给出的对话数、句数。
         warnings: 可疑的地方，给用户看的句子。
         skipped: 文件夹里与对话无关、没有读的文件，为什么；空串表示读了。
@@ -61,7 +62,7 @@ class Tally:
     def lines(self) -> list[str]:
         """给用户看的各行。"""
         if not self.is_log:
-            return _counted("--clean 去掉", self.cleaned, "句")
+            return _counted("--clean 改动或去掉", self.cleaned, "处")
         kept = self.num_messages - self.left_out.total()
         span = "，都没有时间"
         if self.first is not None:
@@ -73,7 +74,7 @@ class Tally:
         ]
         lines += _counted("没有留下", self.left_out, "条")
         lines += _counted("隐去", self.private, "处")
-        lines += _counted("--clean 去掉", self.cleaned, "句")
+        lines += _counted("--clean 改动或去掉", self.cleaned, "处")
         lines.append(
             f"对话 {self.num_dialogues:,} 段；只有一个人说话、不要的 {self.num_alone:,} 段"
             + (f"；不合 --reply_speaker 的 {self.num_unanswered:,} 句" * bool(self.num_unanswered))
@@ -92,13 +93,6 @@ class Tally:
                 f"{name} {count:,} 条" for name, count in self.left_out.most_common()
             )
             return f"{self.num_messages:,} 条消息都不是话（{reasons}）：请导出含文字消息的聊天"
-        if self.num_unanswered:
-            has_me = any(is_me for _, is_me in self.speakers)
-            hint = "" if has_me else "，不能写 me：记录里没有标出是谁导出的"
-            return (
-                f"{kept:,} 条消息里没有 --reply_speaker 所指的人答别人的话："
-                f"请用 --list_speakers 看看有谁{hint}"
-            )
         if not any(account or is_me for account, is_me in self.speakers):
             return (
                 f"{kept:,} 条消息，都没有说话人，分不出是谁在对谁说："
@@ -141,6 +135,16 @@ def speaker_lines(tally: Tally) -> list[str]:
     return lines
 
 
+def describe_filters(filters: Mapping[str, object]) -> str:
+    """用了哪些筛选，照命令行的写法。"""
+    named = {name: value for name, value in filters.items() if value}
+    if named["min_turns"] == 1:  # 每段至少一句，等于没有筛
+        del named["min_turns"]
+    return "、".join(
+        f"--{name}" + f" {value}" * (value is not True) for name, value in named.items()
+    )
+
+
 def explain_nothing(
     sources: Sequence[Source], tallies: Sequence[Tally], filters: Mapping[str, object]
 ) -> str:
@@ -150,15 +154,30 @@ def explain_nothing(
         found = sum(tally.num_dialogues for tally in tallies)
         return (
             f"{names} 里没有对话合乎要求：读到的 {found:,} 段都被"
-            f" --min_turns {filters['min_turns']}、--max_turns {filters['max_turns']} 筛掉了，"
-            "请放宽这两项"
+            f" {describe_filters(filters)} 筛掉了，请放宽"
         )
+    if any(tally.num_unanswered for tally in tallies):
+        return f"{names} 里没有对话：{_explain_speakers(tallies)}"
     reasons = [reason for tally in tallies if (reason := tally.explain_nothing())]
     if reasons:
         return f"{names} 里没有对话：{reasons[0]}"
     if any(tally.cleaned for tally in tallies):
         return f"{names} 里没有对话：都被 --clean 去掉了，请去掉 --clean，或换一份语料"
     return f"{names} 里没有对话：文件是空的或只有空白；请写入一行一句、空行分隔的对话"
+
+
+def _explain_speakers(tallies: Sequence[Tally]) -> str:
+    """没有 --reply_speaker 所指的人的话时，说出各个来源里一共有谁。"""
+    people: Counter[str] = Counter()
+    for tally in tallies:
+        for (account, is_me), count in tally.speakers.items():
+            people["me（导出的人）" if is_me else tally.names[account, is_me]] += count
+    shown = "、".join(f"{name} {count:,} 条" for name, count in people.most_common(MAX_PEOPLE))
+    return (
+        f"{people.total():,} 条消息里没有 --reply_speaker 所指的人答别人的话，"
+        f"说话的有 {shown}{'等' * (len(people) > MAX_PEOPLE)}："
+        "请改成其中一个，全部的人和账号用 --list_speakers 看"
+    )
 
 
 def _counted(title: str, counts: Counter[str], unit: str) -> list[str]:

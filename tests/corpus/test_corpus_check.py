@@ -169,3 +169,59 @@ def test_mixed_line_ends_are_reported(run, tmp_path, capsys):
     assert run("--check") == 0
     line = capsys.readouterr().out.split("\n")[0]
     assert all(name in line for name in ("CR、", "LF", "CRLF", "混用"))
+
+
+def test_one_long_dialogue_is_doubted_before_it_is_cut(run, tmp_path, capsys):
+    """几十句没有空行：先问是不是忘了空行，而不是劝人把 --max_len 调大。"""
+    (tmp_path / "train.txt").write_text("你好\n" * 30, encoding="utf-8")
+    assert run("--check", "--max_len", 8) == 0
+    report = capsys.readouterr().out
+    assert "建议：没有分段，30 句成了一段对话：若不是一段，请在各段之间加一个空行\n" in report
+    assert "把 train.py 的 --max_len 调大" not in report
+    (tmp_path / "train.txt").write_text("你好\n" * 30 + "\n在\n好\n", encoding="utf-8")
+    assert run("--check") == 0
+    assert "没有分段" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ((), None),
+        (("--drop_duplicates",), "读到 5 段，--drop_duplicates 留下 4 段"),
+        (
+            ("--drop_duplicates", "--min_turns", 2, "--max_dialogues", 1),
+            "读到 1 段，--min_turns 2、--max_dialogues 1、--drop_duplicates 留下 1 段",
+        ),
+        (("--min_turns", 3), "读到 5 段，--min_turns 3 留下 2 段"),
+    ],
+)
+def test_what_the_filters_left_is_said(run, tmp_path, capsys, options, line):
+    text = "一\n二\n\n一\n二\n\n一\n二\n三\n\n三\n二\n\n一\n三\n三\n"
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+    assert run(*options) == 0
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("读到")]
+    assert said == ([line] if line and "读到 1" not in line else [])
+
+
+def test_clean_counts_only_rules_that_did_something(run, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("你好 @小明 http://a.cn 在吗\n在\n", encoding="utf-8")
+    assert run("--clean") == 0
+    assert "    --clean 改动或去掉 2 处：@某人 1、网址 1\n" in capsys.readouterr().out
+
+
+def test_an_unknown_speaker_in_a_folder_is_answered_with_all_who_are_there(run, tmp_path):
+    """数的是整个文件夹，不是第一个文件；改成所说的任何一个就行。"""
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for number in range(3):
+        messages = [
+            f"2026-01-02 20:{minute:02d}:30 {'小明' if minute % 2 else f'网友{number}'}\n话\n\n"
+            for minute in range(10)
+        ]
+        (folder / f"{number}.txt").write_text("".join(messages), encoding="utf-8")
+    options = ("--train_path", folder, "--reply_speaker")
+    with pytest.raises(
+        UserError, match=r"30 条消息.*小明 15 条、网友0 5 条、网友1 5 条、网友2 5 条："
+    ):
+        run(*options, "小王")
+    assert run(*options, "小明") == 0

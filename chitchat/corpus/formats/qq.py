@@ -49,7 +49,7 @@ def _recognise(head: Head) -> str:
     headers = [line for line in head.lines[:40] if HEADER.fullmatch(line)]
     has_bodies = 3 * len(headers) <= 2 * len(head.lines[:40])
     if has_bodies and headers and (HEADER.fullmatch(head.lines[0]) or len(headers) > 2):
-        return f"有 {headers[0][:40]!r} 这样的行"
+        return f"有 {headers[0][:40]!r} 这样的行，QQ、留痕、WeFlow 的 TXT 都是如此"
     return ""
 
 
