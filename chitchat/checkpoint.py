@@ -251,9 +251,18 @@ def _check_model_dir(directory: Path) -> None:
 
 
 def _list_checkpoints(parent: Path) -> str:
-    """写出附近现有的模型文件夹，供错误信息使用。"""
+    """写出附近完好的模型文件夹，供错误信息使用。"""
     folders = {path.parent for name in WEIGHT_FILES for path in parent.glob(f"*/{name}*")}
-    found = sorted(folders, key=lambda path: path.stat().st_mtime)
-    if not found:
+    recent = sorted(folders, key=lambda path: path.stat().st_mtime)[-5:]
+    whole = [str(path) for path in recent if _is_whole(path)]
+    if not whole:
         return "；请先用 python train.py 训练一个，或改正路径"
-    return "；现有的模型文件夹：" + "、".join(str(path) for path in found[-5:])
+    return f"；完好的模型文件夹：{'、'.join(whole)}"
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        check_folder(directory)
+    except UserError:
+        return False
+    return True

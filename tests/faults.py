@@ -1,4 +1,4 @@
-"""故意弄坏：文件里翻转一位、截断、抹成零，进程被信号打断，磁盘写满，两个进程同时写，捣乱的输入。
+"""故意弄坏：文件里翻转一位、截断、抹成零，进程被信号打断，磁盘写满，文件夹只读，两个进程同时写，捣乱的输入。
 
 用法: python -m tests.faults [--injections 45] [--runs 6] [--only 名字的一部分]
 每一次的结局：noticed 一句话说清楚；harmless 结果与没有坏时相同；wrong 悄悄读错；
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import http.client
 import io
 import json
@@ -46,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("noticed", "harmless", "wrong", "traceback", "hang", "lost")
 SECONDS = 60  # 一次运行超过它就算不停
 SMALL = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0}
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 CPU = torch.device("cpu")
 
 
@@ -109,9 +111,13 @@ class Bench:
         ]
 
     def start(self, script: str, *arguments: str, limit: int | None = None) -> subprocess.Popen:
-        """启动一个脚本；limit 是它能写的最大文件，字节，像磁盘满了一样。"""
+        """启动一个脚本；limit 是它能写的最大文件，字节，像磁盘满了一样。
+
+        它不能像 root 那样写只读的文件夹。
+        """
 
         def restrict() -> None:
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
@@ -341,6 +347,42 @@ def full_disks(bench: Bench, number: int, rng: random.Random) -> Iterator[tuple[
             (folder / "full.txt.part").unlink(missing_ok=True)
 
 
+def read_only_folders(bench: Bench) -> Iterator[tuple[str, str]]:
+    """要写的文件夹不让写：原来的还在，说一句话；只是原来的文件只读，照样换成新的。"""
+    folder = bench.folder
+    closed = folder / "closed"
+    closed.mkdir()
+    shutil.copytree(folder / "model", closed / "model")
+    for name in ("train.pkl", "train.pkl.json"):
+        shutil.copy(folder / name, closed)
+    before = {path: path.read_bytes() for path in closed.rglob("*") if path.is_file()}
+
+    def is_intact() -> bool:
+        return {p: p.read_bytes() for p in closed.rglob("*") if p.is_file()} == before
+
+    terminal = ["--no_cuda", "--model_path", "model/epoch3"]
+    jobs = {
+        "preprocess 新的 .pkl": ("preprocess", bench.preprocess("closed/new.pkl")),
+        "preprocess 原有的 .pkl": ("preprocess", bench.preprocess("closed/train.pkl")),
+        "preprocess 文件夹": ("preprocess", bench.preprocess("closed/table")),
+        "train": ("train", bench.train("closed/new")),
+        "train 接着练": ("train", bench.train("closed/model", "--resume", "--epochs", "4")),
+        "interact 整个文件": ("interact", bench.answer("closed/out.txt")),
+        "interact 终端": ("interact", [*terminal, "--save_samples_path", "closed/sample"]),
+        "服务器": ("interact", [*terminal, "--web", "--port", "0",
+                               "--save_samples_path", "closed/sample"]),
+    }  # fmt: skip
+    for path in (*closed.rglob("*"), closed):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for name, (script, arguments) in jobs.items():
+        process = bench.start(script, *arguments)
+        yield f"只读的文件夹 {name}", run_and_judge(process, is_intact, codes=(2,))
+    closed.chmod(0o755)
+    bench.check("preprocess", *bench.preprocess("closed/train.pkl"))
+    is_whole = (closed / "train.pkl").read_bytes() == (folder / "train.pkl").read_bytes()
+    yield "只读的 .pkl", "harmless" if is_whole else "wrong"
+
+
 def two_at_once(bench: Bench, number: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """两个进程写同一处：结果完整，训练的后一个被拒绝。"""
     folder = bench.folder
@@ -419,6 +461,7 @@ def main() -> None:
             "signals": lambda: signals(bench, args.runs, rng),
             "server": lambda: servers(bench, args.runs, rng),
             "disks": lambda: full_disks(bench, args.runs, rng),
+            "read_only": lambda: read_only_folders(bench),
             "two": lambda: two_at_once(bench, args.runs, rng),
         }
         for name, group in groups.items():

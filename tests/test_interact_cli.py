@@ -405,7 +405,7 @@ def mmi_of_another_vocabulary(model_dir: Path) -> list[str]:
         (["--debug"], ["--debug", "--num_candidates"]),
         (["--greedy", "--num_candidates", "2"], ["--greedy", "--num_candidates"]),
         (["--model_path", "", "--vocab_path", "tiny_vocab.txt"], ["config.json"]),
-        (["--model_path", "nowhere"], ["nowhere", "现有的模型文件夹", "parrot"]),
+        (["--model_path", "nowhere"], ["nowhere", "完好的模型文件夹", "parrot"]),
         (["--model_path", "."], ["config.json"]),
         (["--vocab_path", "none.txt"], ["none.txt", "--vocab_path"]),
         (short_vocab, [str(len(TINY_VOCAB)), str(len(TINY_VOCAB) - 1), "--vocab_path"]),

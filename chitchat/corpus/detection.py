@@ -128,8 +128,9 @@ def _doubts(head: Head) -> list[str]:
             raise UserError(
                 f"像是聊天记录或带时间的文本（开头 {len(lines)} 行里有 {len(found)} 行{kind}，"
                 f"如 {found[0][:30]!r}），但不是认得的种类：认得 {labels}，"
-                "可用 --format 指定其中之一；从聊天窗口复制的，请改用导出工具；"
-                "确实是一行一句、空行分隔的文本，就用 --format text"
+                "可用 --format 指定其中之一；从聊天窗口复制的，请改用导出工具，或整理成三列的 CSV，"
+                "列名 time、sender、content（别的列名用 --time_column、--speaker_column、"
+                "--text_column 指出）；确实是一行一句、空行分隔的文本，就用 --format text"
             )
     separators = [line for line in lines if _SEPARATOR.fullmatch(line)]
     if len(separators) > 1:
