@@ -121,13 +121,23 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = 0  # 例如接在 | head 前面：读的人走了，不算出错
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        reason = f"读写 {error.filename or '文件'} 失败：{error.strerror or error}"
+        name = error.filename or _nameless_file()
+        reason = f"读写 {name} 失败：{error.strerror or error}"
         code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if is_guarded:  # 退出时还要等后台的线程，又按 Ctrl+C 就不等了
         signal.signal(signal.SIGINT, exit_at_once)
     sys.exit(code)
+
+
+def _nameless_file() -> str:
+    """没有文件名的 OSError 说的多半是什么；自己打开的文件都由 naming_file 补上了名字。"""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return "当前文件夹（已经被删去）"
+    return "标准输出"
 
 
 def _reopen_closed_streams() -> None:

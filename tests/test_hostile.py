@@ -215,6 +215,26 @@ def test_a_full_disk_names_the_file(tmp_path):
         replies.add([(1, "在")])
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("shell", "named"),
+    [
+        ("{} --train_path ../a.txt --check > /dev/full", "标准输出"),
+        ("rmdir $PWD; {} --train_path ../a.txt --save_path b.pkl", "当前文件夹（已经被删去）"),
+    ],
+)
+def test_errors_without_a_name_say_what_they_are_about(shell, named, tmp_path):
+    (tmp_path / "a.txt").write_text("你好\n好\n", encoding="utf-8")
+    (tmp_path / "here").mkdir()
+    script = f"{sys.executable} {Path(preprocess.__file__).resolve()}"
+    command = shell.format(script).replace("../a.txt", str(tmp_path / "a.txt"))
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path / "here", capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"错误：读写 {named} 失败：")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_files_of_one_name_in_a_zip_are_refused(tmp_path):
     path = tmp_path / "talk.zip"
