@@ -139,9 +139,45 @@ def check_sizes(directory: Path, config: Mapping, weights: Mapping[str, Tensor] 
     for field, (name, dimension) in DIMENSIONS.items():
         if isinstance(config.get(field), int) and len(shapes.get(name, ())) > dimension:
             _compare(directory, field, config[field], shapes[name][dimension])
-    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("h.")}
-    if isinstance(config.get("n_layer"), int) and layers:
-        _compare(directory, "n_layer", config["n_layer"], max(layers) + 1)
+    layers = [name.split(".")[1] for name in shapes if name.startswith("h.")]
+    if isinstance(config.get("n_layer"), int) and shapes:  # 一层也没有的，n_layer 多大都建得很慢
+        num_layers = max((int(layer) for layer in layers if layer.isdecimal()), default=-1) + 1
+        _compare(directory, "n_layer", config["n_layer"], num_layers)
+
+
+def gpt2_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """GPT-2 各个权重的名字和形状；名字不带 ``transformer.``，没有可以与词向量共用的 lm_head。
+
+    Args:
+        config: config.json 的内容；缺了要用的字段时抛 KeyError。
+    """
+    width = config["n_embd"]
+    inner = config.get("n_inner") or 4 * width
+    linears = {
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "mlp.c_fc": (width, inner),
+        "mlp.c_proj": (inner, width),
+    }
+    norms = ["ln_f"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config["vocab_size"], width),
+        "wpe.weight": (config["n_positions"], width),
+    }
+    for layer in range(config["n_layer"]):
+        norms += [f"h.{layer}.ln_1", f"h.{layer}.ln_2"]
+        for name, shape in linears.items():
+            shapes[f"h.{layer}.{name}.weight"] = shape
+            shapes[f"h.{layer}.{name}.bias"] = shape[1:]
+    for name in norms:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    return shapes
+
+
+def is_complete(config: Mapping, weights: Mapping[str, Tensor]) -> bool:
+    """各个权重都在，形状也对；名字带不带 ``transformer.`` 都行。"""
+    found = {name.removeprefix("transformer."): tuple(w.shape) for name, w in weights.items()}
+    return gpt2_shapes(config).items() <= found.items()
 
 
 def _compare(directory: Path, field: str, wanted: int, found: int) -> None:

@@ -29,9 +29,11 @@ from chitchat.errors import UserError
 from chitchat.hub import explain_hub_error
 from chitchat.tokens.tokenizer import encode_utterances, load_tokenizer, special_ids
 from chitchat.training.run_folder import remove_old_checkpoints
+from chitchat.weights import gpt2_shapes
 
 INPUT_IDS = torch.tensor([[101, 110, 111, 102, 120]])
 CLS, SEP = 101, 102
+CPU = torch.device("cpu")
 
 
 def say(*texts: str) -> list[dict[str, str]]:
@@ -232,6 +234,13 @@ def drop_weights(directory: Path, word: str) -> None:
     torch.save(kept, directory / "pytorch_model.bin")
 
 
+def lose_weights(directory: Path, word: str) -> None:
+    path = directory / "model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if word not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    (directory / "checksums.json").unlink()
+
+
 def save_bert(directory: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(TINY_VOCAB), intermediate_size=16, is_decoder=True, **sizes)
@@ -273,6 +282,13 @@ BREAKAGES = {
     "fewer layers": (lambda d: edit_config(d, n_layer=1), ["n_layer 写的是 1", "2"]),
     "more layers": (lambda d: edit_config(d, n_layer=3), ["n_layer 写的是 3", "2"]),
     "other vocabulary": (lambda d: edit_config(d, vocab_size=99), ["vocab_size", "99", "213"]),
+    "no layers": (lambda d: lose_weights(d, ".h."), ["n_layer 写的是 2", "0"]),
+    "no position embedding": (lambda d: lose_weights(d, "wpe"), ["缺少 transformer.wpe.weight"]),
+    "no final norm": (lambda d: lose_weights(d, "ln_f"), ["缺少 transformer.ln_f"]),
+    "no bias in one layer": (
+        lambda d: lose_weights(d, "h.1.mlp.c_fc.bias"),
+        ["缺少 transformer.h.1.mlp.c_fc.bias"],
+    ),
     "LFS pointer": (
         lambda d: (d / "model.safetensors").write_text(LFS_POINTER),
         ["model.safetensors 是 Git LFS 的指针", "git lfs pull"],
@@ -349,6 +365,26 @@ def test_a_config_that_transformers_refuses_is_explained(as_bin, tmp_path, make_
     edit_config(directory, summary_use_proj=2000)
     with pytest.raises(UserError, match=r"config.json 建不成模型.*summary_use_proj"):
         load_model(str(directory))
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_inner": 40}, {"n_layer": 3, "n_positions": 9}])
+def test_shapes_are_those_of_transformers(fields, make_model):
+    model = make_model(**fields)
+    shapes = {name: tuple(value.shape) for name, value in model.transformer.state_dict().items()}
+    assert gpt2_shapes(model.config.to_dict()) == shapes
+
+
+def test_a_weight_turned_round_is_explained(saved):
+    """形状不对，大小一样：不能悄悄算错。"""
+    path = saved / "model.safetensors"
+    weights = load_file(path)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    weights[name] = weights[name].reshape(weights[name].shape[::-1]).contiguous()
+    save_file(weights, path)
+    (saved / "checksums.json").unlink()
+    for load in (load_model, lambda d: load_engine(d, precision="fp32", device=CPU)):
+        with pytest.raises(UserError, match=str(saved)):
+            load(str(saved))
 
 
 WRAPPINGS = {

@@ -13,7 +13,7 @@ from chitchat.checksums import check_folder
 from chitchat.cli import quiet_transformers
 from chitchat.errors import UserError
 from chitchat.files import parse_json
-from chitchat.weights import WRAPPERS, check_sizes
+from chitchat.weights import check_sizes, is_complete
 
 
 def load_engine(name_or_dir: str, *, precision: str, device: torch.device) -> Engine:
@@ -50,7 +50,7 @@ def _read_standard_folder(directory: Path) -> tuple[dict, dict[str, Tensor]] | N
         check_sizes(directory, config, None)
         check_folder(directory)
         weights = load_file(directory / "model.safetensors")
-        return None if any(name.startswith(WRAPPERS) for name in weights) else (config, weights)
+        return (config, weights) if is_complete(config, weights) else None
     except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
