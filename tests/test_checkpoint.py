@@ -500,6 +500,20 @@ def test_model_from_config_gets_the_special_ids_of_the_vocabulary(tmp_path, toke
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (CLS, SEP, 0)
 
 
+def test_a_new_model_starts_as_its_embeddings(config_path, tokenizer):
+    """各层开始时什么也不改：输出只由词向量和位置向量得出，而每层的梯度都不全是零。"""
+    model = build_model(config_path, tokenizer).eval()
+    parts = model.transformer
+    embedded = parts.wte(INPUT_IDS) + parts.wpe(torch.arange(INPUT_IDS.size(1)))
+    expected = parts.ln_f(embedded) @ parts.wte.weight.T
+    output = model(input_ids=INPUT_IDS, labels=INPUT_IDS)
+    assert torch.allclose(output.logits, expected, atol=1e-6)
+    output.loss.backward()
+    for block in parts.h:
+        assert block.attn.c_proj.weight.grad.abs().sum() > 0
+        assert block.mlp.c_proj.weight.grad.abs().sum() > 0
+
+
 def test_vocabulary_of_another_size_names_both_numbers_and_the_source(tokenizer):
     with pytest.raises(UserError) as error:
         check_vocab_size(13317, tokenizer, "model/epoch7")

@@ -2,7 +2,8 @@
 
 用法: python -m tests.benchmarks.muon_variants --train_path lccc.pkl [--updates 300] [--seeds 0 1]
 cautious 只在更新与权重同号处衰减（arXiv:2510.12402）；normuon 正交化之后各行再除以自己的
-均方根（arXiv:2510.05491）；no_clip 只裁剪 AdamW 的参数；zero_init 各层最后的投影从零开始；
+均方根（arXiv:2510.05491）；no_clip 只裁剪 AdamW 的参数；zero_init 各层最后的投影从零开始
+（已经采用，见 zero_projections）；
 growing 窗口是 8、16、32 段，各用三分之一的 token；averaged 取最后 15% 各次更新的权重的平均。
 """
 
@@ -10,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from chitchat.architecture import zero_projections
 from chitchat.tokens.token_table import load_token_table
 from chitchat.training.meters import evaluate
 from chitchat.training.optimizers import (
@@ -62,7 +63,7 @@ class Variant(Muon):
 
 
 VARIANTS = {
-    "现在的": {},
+    "此前的": {},
     "weight_decay 0.1": {"weight_decay": 0.1},
     "cautious 0.1": {"weight_decay": 0.1, "is_cautious": True},
     "normuon": {"is_normalised": True},
@@ -98,9 +99,7 @@ def train(
     model = our_loop.build_model(ROOT / "model/config.json", CPU, seed=seed, **SIZE)
     hidden = hidden_matrices(model)
     if starts_at_zero:
-        for name, param in model.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.zeros_(param)
+        zero_projections(model)
     progress = 0.0
 
     def factor(_step):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from chitchat.architecture import zero_projections
 from chitchat.chat.chatbot import Chatbot
 from chitchat.chat.loading import load_engine
 from chitchat.chat.options import SamplingOptions
@@ -57,6 +58,8 @@ def train(recipe, rows, args, seed):
     loader, _ = our_loop.load_batches(
         TokenTable.from_dialogues(rows), train_window=16, val_window=64, val_num=200, seed=seed
     )
+    if not base:
+        zero_projections(model)
     name, lr = ("adamw", 5 * FINE_TUNING_LR) if base else ("auto", 0.0)
     _, steps = train_ours(model, loader, args, device, optimizer=name, lr=lr)
     return model, steps
