@@ -68,7 +68,7 @@ def build_model(
 def zero_projections(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """注意力和 MLP 的最后一次投影从零开始：开始时各层什么也不改，信号和梯度直通到底。
 
-    同样的更新次数，验证 loss 低 0.02 到 0.04（tests/benchmarks/README.md），Muon 和 AdamW 都是；
+    同样的更新次数，验证 loss 低 0.00 到 0.04（tests/benchmarks/README.md），Muon 和 AdamW 都是；
     来源: arXiv:1901.09321 §3；Muon 的作者训练 GPT-2 时也这样。
     """
     for block in model.transformer.h:
