@@ -14,7 +14,7 @@ from chitchat.errors import UserError
 from chitchat.files import parse_json
 
 CHECKSUMS_NAME = "checksums.json"
-BLOCK_BYTES = 1 << 18  # 再大，一块就要向系统要新的内存，慢三分之一
+BLOCK_BYTES = 1 << 18  # 再大，一块就要向系统要新的内存，慢七成
 
 
 def checksum(data: bytes) -> str:

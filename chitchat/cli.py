@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -121,8 +122,8 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = 0  # 例如接在 | head 前面：读的人走了，不算出错
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        name = error.filename or _nameless_file()
-        reason = f"读写 {name} 失败：{error.strerror or error}"
+        name = error.filename or _nameless_file(error)
+        reason = f"读写{name and f' {name} '}失败：{error.strerror or error}"
         code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -131,13 +132,13 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def _nameless_file() -> str:
-    """没有文件名的 OSError 说的多半是什么；自己打开的文件都由 naming_file 补上了名字。"""
+def _nameless_file(error: OSError) -> str:
+    """没有文件名的 OSError 说的是什么；自己打开的文件都由 naming_file 补上了名字，别的看不出来。"""
     try:
         Path.cwd()
     except FileNotFoundError:
         return "当前文件夹（已经被删去）"
-    return "标准输出"
+    return "标准输出" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO) else ""
 
 
 def _reopen_closed_streams() -> None:

@@ -152,10 +152,8 @@ def explain_nothing(
     names = "、".join(source.name for source in sources[:3]) + "……" * (len(sources) > 3)
     if any(tally.num_dialogues for tally in tallies):
         found = sum(tally.num_dialogues for tally in tallies)
-        return (
-            f"{names} 里没有对话合乎要求：读到的 {found:,} 段都被"
-            f" {describe_filters(filters)} 筛掉了，请放宽"
-        )
+        used = describe_filters({name: filters[name] for name in ("min_turns", "max_turns")})
+        return f"{names} 里没有对话合乎要求：读到的 {found:,} 段都被 {used} 筛掉了，请放宽"
     if any(tally.num_unanswered for tally in tallies):
         return f"{names} 里没有对话：{_explain_speakers(tallies)}"
     reasons = [reason for tally in tallies if (reason := tally.explain_nothing())]

@@ -203,6 +203,12 @@ def test_what_the_filters_left_is_said(run, tmp_path, capsys, options, line):
     assert said == ([line] if line and "读到 1" not in line else [])
 
 
+def test_only_the_filters_that_can_leave_nothing_are_blamed(run):
+    """原来的五段都短于九句；--max_dialogues、--drop_duplicates 总会留下一段。"""
+    with pytest.raises(UserError, match="都被 --min_turns 9 筛掉了，请放宽"):
+        run("--min_turns", 9, "--max_dialogues", 5, "--drop_duplicates")
+
+
 def test_clean_counts_only_rules_that_did_something(run, tmp_path, capsys):
     (tmp_path / "train.txt").write_text("你好 @小明 http://a.cn 在吗\n在\n", encoding="utf-8")
     assert run("--clean") == 0
