@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import pickle
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -119,6 +121,49 @@ def test_damage_inside_a_gz_is_one_sentence(place, tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"talk\.txt\.gz"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("talk.txt.zst", "cut"), ("talk.txt.zst", "flipped"), ("talk.txt.zst", "second cut")),
+        *(("talk.tar.zst", "cut"), ("talk.tar.zst", "flipped")),
+    ],
+)
+def test_damage_inside_a_zst_is_one_sentence(name, damage, tmp_path):
+    """断了的 zst，zstandard 照样读出前一半；坏了的，它抛出的异常不是 OSError。"""
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(f"你好{i}\n好{i * i}\n\n" for i in range(3000)).encode()
+    if ".tar" in name:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            info = tarfile.TarInfo("a.txt")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text))
+        text = packed.getvalue()
+    data = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(text))
+    if damage == "flipped":
+        data[-1] ^= 1  # 校验和
+    elif damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data += data[:20]
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"talk\.\w+\.zst.* 读不出来（.*请重新下载"):
+        read(path)
+
+
+def test_a_zst_that_unpacks_to_gigabytes_takes_little_memory(tmp_path, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "bomb.txt.zst"
+    path.write_bytes(zstandard.compress("你好\n好\n\n".encode() + b"a" * (1 << 27)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bomb.txt.zst：有一行超过 1 MB"):
+        read(path)
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
 
 
 def test_a_zip_whose_names_are_damaged_is_one_sentence(tmp_path):

@@ -6,7 +6,6 @@ import bz2
 import contextlib
 import errno
 import gzip
-import importlib
 import lzma
 import struct
 import tarfile
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple
 
-from chitchat.corpus.generated import open_chunked, open_excel
+from chitchat.corpus.generated import find_zstd, open_chunked, open_excel
 from chitchat.errors import UserError
 
 TEXT_SUFFIXES = (
@@ -84,7 +83,7 @@ def open_container(path: Path) -> list[Part]:
         (b"\x28\xb5\x2f\xfd", (".zst",), None),
     ):
         if head.startswith(magic) or suffix in names:
-            opener = opener or _find_zstd(path)
+            opener = opener or find_zstd(path)
             return _open_compressed(path, opener)
     if _is_tar(head):
         return _open_tar(path, lambda raw: raw)
@@ -212,15 +211,3 @@ def _refuse_repeated(path: Path, names: list[str]) -> None:
             f"{path} 里有 {names.count(repeated[0])} 个都叫 {repeated[0]} 的文件，不知道该读哪个："
             "请先解压，改成不同的名字"
         )
-
-
-def _find_zstd(path: Path) -> Callable[[BinaryIO], BinaryIO]:
-    """标准库（Python 3.14 起）或已安装的包里，解压 .zst 的函数。"""
-    for module, function in (
-        ("compression.zstd", "open"),
-        ("backports.zstd", "open"),
-        ("zstandard", "open"),
-    ):
-        with contextlib.suppress(ImportError):
-            return getattr(importlib.import_module(module), function)
-    raise UserError(f"读 {path} 需要解压 zst 的包：请 pip install zstandard，或先自行解压")

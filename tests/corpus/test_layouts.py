@@ -148,6 +148,19 @@ def test_archives_are_read_whatever_their_name(name, tmp_path):
         assert read(path) == QA
 
 
+def test_zst_is_read_alone_in_several_frames_and_around_a_tar(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    question, answer = TEXT.encode()[:5], TEXT.encode()[5:]
+    skipped = b"\x50\x2a\x4d\x18\4\0\0\0pzst"  # 别的工具夹带的，解压时略去
+    frames = zstandard.compress(question) + skipped + zstandard.compress(answer)
+    packed = zstandard.compress(pack("a.tar", TEXT.encode()))
+    whole = zstandard.compress(TEXT.encode())
+    for name, data in {"a.txt.zst": whole, "b.txt.zst": frames, "c.tar.zst": packed}.items():
+        for path in (tmp_path / name, tmp_path / "renamed.txt"):
+            path.write_bytes(data)
+            assert read(path) == QA
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
