@@ -128,20 +128,27 @@ def check_sizes(directory: Path, config: Mapping, weights: Mapping[str, Tensor] 
         weights: 标准的权重；None 表示由文件夹里的 safetensors 的头部看出。
 
     Raises:
-        UserError: 有一个字段与权重不一致。
+        UserError: 有一个字段与权重不一致，或权重里一层也没有。
     """
     if weights is None:
         paths = [path for path in _weight_files(directory) if path.suffix == ".safetensors"]
         shapes = {name: shape for path in paths for name, shape in _read_shapes(path).items()}
     else:
         shapes = {name: weight.shape for name, weight in weights.items()}
+    names = list(shapes)
     shapes = {name.removeprefix("transformer."): tuple(shape) for name, shape in shapes.items()}
     for field, (name, dimension) in DIMENSIONS.items():
         if isinstance(config.get(field), int) and len(shapes.get(name, ())) > dimension:
             _compare(directory, field, config[field], shapes[name][dimension])
     layers = [name.split(".")[1] for name in shapes if name.startswith("h.")]
-    if isinstance(config.get("n_layer"), int) and shapes:  # 一层也没有的，n_layer 多大都建得很慢
-        num_layers = max((int(layer) for layer in layers if layer.isdecimal()), default=-1) + 1
+    num_layers = max((int(layer) for layer in layers if layer.isdecimal()), default=-1) + 1
+    if shapes and not num_layers:
+        raise UserError(
+            f"{directory} 的权重里没有 GPT-2 的层（h.0.attn.c_attn.weight 等），"
+            f"只有 {min(names)} 等 {len(names)} 项："
+            f"不是 GPT-2 的，或名字带着不认得的前缀；{AGAIN}"
+        )
+    if shapes and isinstance(config.get("n_layer"), int):
         _compare(directory, "n_layer", config["n_layer"], num_layers)
 
 

@@ -241,6 +241,17 @@ def lose_weights(directory: Path, word: str) -> None:
     (directory / "checksums.json").unlink()
 
 
+def rename_weights(directory: Path, prefix: str, *, as_bin: bool = False) -> None:
+    path = directory / "model.safetensors"
+    renamed = {f"{prefix}{name}": value for name, value in load_file(path).items()}
+    path.unlink()
+    (directory / "checksums.json").unlink()
+    if as_bin:
+        torch.save(renamed, directory / "pytorch_model.bin")
+    else:
+        save_file(renamed, path, metadata={"format": "pt"})
+
+
 def save_bert(directory: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(TINY_VOCAB), intermediate_size=16, is_decoder=True, **sizes)
@@ -282,7 +293,18 @@ BREAKAGES = {
     "fewer layers": (lambda d: edit_config(d, n_layer=1), ["n_layer 写的是 1", "2"]),
     "more layers": (lambda d: edit_config(d, n_layer=3), ["n_layer 写的是 3", "2"]),
     "other vocabulary": (lambda d: edit_config(d, vocab_size=99), ["vocab_size", "99", "213"]),
-    "no layers": (lambda d: lose_weights(d, ".h."), ["n_layer 写的是 2", "0"]),
+    "no layers": (
+        lambda d: lose_weights(d, ".h."),
+        ["没有 GPT-2 的层（h.0.attn.c_attn.weight 等）", "transformer.ln_f.bias 等 4 项"],
+    ),
+    "unknown prefix": (
+        lambda d: rename_weights(d, "actor."),
+        ["没有 GPT-2 的层", "actor.transformer.", "前缀", "重新下载或复制"],
+    ),
+    "unknown prefix in a bin": (
+        lambda d: rename_weights(d, "actor.", as_bin=True),
+        ["没有 GPT-2 的层", "actor.transformer.", "前缀", "重新下载或复制"],
+    ),
     "no position embedding": (lambda d: lose_weights(d, "wpe"), ["缺少 transformer.wpe.weight"]),
     "no final norm": (lambda d: lose_weights(d, "ln_f"), ["缺少 transformer.ln_f"]),
     "no bias in one layer": (
