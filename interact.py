@@ -9,6 +9,7 @@ if __name__ == "__main__":  # 在其余的导入之前：它们要好几秒
 
 import argparse
 import contextlib
+import functools
 import logging
 import random
 import sys
@@ -35,7 +36,7 @@ from chitchat.checkpoint import (
     read_config,
     weights_stamp,
 )
-from chitchat.cli import CliParser, bounded, configure_logging, run_cli
+from chitchat.cli import CliParser, bounded, configure_logging, run_cli, show
 from chitchat.devices import select_devices
 from chitchat.errors import UserError
 from chitchat.interrupts import exits_on_signal
@@ -263,7 +264,7 @@ def serve(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptio
     )
     host = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{host}:{listener.getsockname()[1]}"
-    print(f"网页 {url} ，接口 {url}/v1 ，按 Ctrl+C 停下", flush=True)
+    show(f"网页 {url} ，接口 {url}/v1 ，按 Ctrl+C 停下")
     serve_until_stopped(service, listener, host=args.host, access=access)
 
 
@@ -286,14 +287,14 @@ def answer_whole_file(
             "weights": [weights_stamp(path) for path in model_paths(args)],
         },
     )
-    print(report, end="")
+    show(report, end="")
 
 
 def chat(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOptions) -> None:
     """一句接一句地聊，直到输入结束、/quit、Ctrl+D、Ctrl+C 或 Ctrl+Z。"""
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     transcript = Transcript(args.save_samples_dir)
-    print(GREETING, flush=True)
+    show(GREETING)
     history_path = None if args.no_input_history else args.save_samples_dir / ".history"
     # 先备好提示符，再在后台读模型：两边同时导入会互相等。
     lines = read_lines(is_terminal=is_terminal, history_path=history_path)
@@ -304,11 +305,9 @@ def chat(args: argparse.Namespace, tokenizer: Tokenizer, options: SamplingOption
         options,
         transcript,
         random.Random(args.seed),
-        show=lambda piece: print(visible(piece), end="", flush=True),
+        show=functools.partial(show, end=""),
         # 不在终端里时，标准输出除了问候只有回复。
-        tell=lambda text: print(
-            visible(text), file=sys.stdout if is_terminal else sys.stderr, flush=True
-        ),
+        tell=show if is_terminal else lambda text: print(visible(text), file=sys.stderr),
         stop_key=stop_key if is_terminal else no_stop_key,
         is_debug=args.debug,
     )

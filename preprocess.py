@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from chitchat.cli import CliParser, bounded, configure_logging, run_cli
+from chitchat.cli import CliParser, bounded, configure_logging, run_cli, show
 from chitchat.corpus.check import CorpusCheck, save_length_histogram
 from chitchat.corpus.formats.base import Dialogue, ReadOptions
 from chitchat.corpus.reader import FORMAT_NAMES, filter_dialogues, read_source, total_size
@@ -50,7 +50,6 @@ from chitchat.tokens.vocabulary_learning import (
     learn_vocab,
     save_vocab,
 )
-from chitchat.visible import visible
 
 logger = logging.getLogger("chitchat.preprocess")
 
@@ -247,9 +246,9 @@ def check(corpus: Corpus, tokenizer: Tokenizer, max_len: int) -> Statistics:
         result.add([dialogue for _, dialogue in batch], encoded)
         for (source, dialogue), token_ids in zip(batch, encoded.rows(), strict=True):
             findings.add(dialogue, token_ids, source.name)
-    print(visible("\n".join(corpus.summary())))
+    show("\n".join(corpus.summary()))
     check_not_empty(corpus, result)
-    print(visible("\n".join(findings.report(corpus.tallies))))
+    show("\n".join(findings.report(corpus.tallies)))
     return result
 
 
@@ -271,7 +270,7 @@ def save(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> Stat
         check_not_empty(corpus, result)
         meta["dialogues"] = result.num_dialogues
         meta["utterances"], meta["tokens"] = result.num_utterances, result.num_tokens
-    print(visible("\n".join(corpus.summary())))
+    show("\n".join(corpus.summary()))
     for warning in (text for tally in corpus.tallies for text in tally.warnings):
         logger.warning("%s", warning)
     return result
@@ -282,7 +281,7 @@ def list_speakers(corpus: Corpus) -> None:
     for _ in corpus:
         pass
     for source, tally in zip(corpus.sources, corpus.tallies, strict=False):
-        print(visible("\n".join([*describe_source(source, tally), *speaker_lines(tally)])))
+        show("\n".join([*describe_source(source, tally), *speaker_lines(tally)]))
 
 
 def check_not_empty(corpus: Corpus, result: Statistics) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from chitchat.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from chitchat.files import naming_file
 from chitchat.interrupts import exit_at_once
 from chitchat.visible import one_visible_line, visible
 
@@ -120,25 +120,33 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
         code = _complain(str(error))
     except BrokenPipeError:
         code = 0  # 例如接在 | head 前面：读的人走了，不算出错
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        name = error.filename or _nameless_file(error)
+        name = error.filename or _nameless_file()
         reason = f"读写{name and f' {name} '}失败：{error.strerror or error}"
         code = _complain(f"{reason}，请检查路径、权限和磁盘空间")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if is_guarded:  # 退出时还要等后台的线程，又按 Ctrl+C 就不等了
         signal.signal(signal.SIGINT, exit_at_once)
+    _drop_unwritable_output()
     sys.exit(code)
 
 
-def _nameless_file(error: OSError) -> str:
-    """没有文件名的 OSError 说的是什么；自己打开的文件都由 naming_file 补上了名字，别的看不出来。"""
+def _drop_unwritable_output() -> None:
+    """标准输出写不出去时，缓冲里剩下的不要了：不然退出时 Python 再写一次，把退出码改成 120。"""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _nameless_file() -> str:
+    """没有文件名的 OSError 说的是什么：自己读写的都由 naming_file 补上了名字，别的多半看不出来。"""
     try:
         Path.cwd()
     except FileNotFoundError:
         return "当前文件夹（已经被删去）"
-    return "标准输出" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO) else ""
+    return ""
 
 
 def _reopen_closed_streams() -> None:
@@ -154,6 +162,12 @@ def _reopen_closed_streams() -> None:
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def show(text: str, *, end: str = "\n") -> None:
+    """在标准输出显示，立刻写出去；写不出去时，异常里有它的名字。"""
+    with naming_file("标准输出"):
+        print(visible(text), end=end, flush=True)  # noqa: T201
 
 
 def _complain(sentence: str) -> int:

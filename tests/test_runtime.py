@@ -51,7 +51,7 @@ def returning(outcome: int | BaseException) -> Callable[[], int]:
         (3, 3, ""),
         (UserError("词表里没有 [SEP]"), 2, "词表里没有 [SEP]"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x/y.txt"), 2, "x/y.txt"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "读写失败：No space left on device"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(2), 2, ""),
     ],

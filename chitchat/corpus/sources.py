@@ -23,6 +23,7 @@ from chitchat.corpus.containers import (
 from chitchat.corpus.encodings import detect_encoding, find_mixed_line
 from chitchat.corpus.generated import chunk_paths
 from chitchat.errors import UserError
+from chitchat.files import naming_file
 
 MAX_LINE_BYTES = 16 << 20  # 读文字时一行最长多少字节
 SAMPLE_BYTES = 1 << 14  # 认编码时看多少
@@ -238,7 +239,12 @@ def _spool_stdin() -> Path:
     atexit.register(folder.cleanup)
     path = Path(folder.name) / "stdin"
     _SPOOLED.add(path)
-    with path.open("wb") as file:
-        while data := sys.stdin.buffer.read(1 << 20):
-            file.write(data)
+    with naming_file(path), path.open("wb") as file:
+        file.writelines(_stdin_blocks())
     return path
+
+
+def _stdin_blocks() -> Iterator[bytes]:
+    with naming_file("标准输入"):
+        while block := sys.stdin.buffer.read(1 << 20):
+            yield block
