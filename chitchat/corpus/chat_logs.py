@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -65,10 +66,12 @@ def build_dialogues(
     with temporary_database(*_TABLES) as database:
         store = _Store(database)
         store.fill(messages, options, tally)
+        wanted = store.speakers_called(options.reply_speaker)
+        tally.num_wanted = sum(store.num_said[speaker] for speaker in wanted)
         for turns in store.sessions(options):
             found = turns
             if options.reply_speaker is not None:
-                found = _alternate(turns, store.speakers_called(options.reply_speaker))
+                found = _alternate(turns, wanted)
                 tally.num_unanswered += len(turns) - len(found)
             if len(found) > 1:
                 yield [join_messages(turn.texts) for turn in found], [turn.line for turn in found]
@@ -108,6 +111,7 @@ class _Store:
         self.speakers: dict[tuple[str, bool], int] = {}
         self.people: dict[tuple[str, bool, str], int] = {}
         self.names: dict[str, set[int]] = {}
+        self.num_said: Counter[int] = Counter()
 
     def fill(self, messages: Iterable[Message], options: LogOptions, tally: Tally) -> None:
         """存进全部消息，去掉不是话的；认定日期的次序，记下每个聊天是不是倒着排的。"""
@@ -148,6 +152,7 @@ class _Store:
             chat = self.chats.setdefault(message.chat, len(self.chats))
             key = (message.speaker, message.is_me)
             speaker = self._find_speaker(*key, message.name)
+            self.num_said[speaker] += 1
             tally.speakers[key] += 1
             tally.names[key] = message.name or tally.names.get(key) or message.speaker
             is_timed = any(time is not None for time in message.times)
@@ -166,8 +171,8 @@ class _Store:
                 self.names.setdefault(called, set()).add(number)
         return number
 
-    def speakers_called(self, name: str) -> set[int]:
-        """叫这个名字的人：昵称或账号相同，或 ``me``。"""
+    def speakers_called(self, name: str | None) -> set[int]:
+        """叫这个名字的人：昵称（改过的也算）或账号相同，或 ``me``；None 是谁也不要。"""
         return self.names.get(name, set())
 
     def sessions(self, options: LogOptions) -> Iterator[list[_Turn]]:

@@ -31,8 +31,9 @@ class Tally:
         num_untimed: 没有时刻的消息数。
         private: 被换掉的私人信息，种类 → 处数。
         num_alone: 只有一个人说话、因此不要的段数。
+        num_wanted: 留下的消息里，--reply_speaker 所指的人的条数。
         num_unanswered: 因 --reply_speaker 去掉的句数。
-        cleaned: --clean 改动或去掉的，规则 → 句数；一句可以合几条规则。
+        cleaned: --clean 改动或去掉的，规则 → 处数；一句可以合几条规则。
         num_dialogues, num_utterances: 给出的对话数、句数。
         warnings: 可疑的地方，给用户看的句子。
         skipped: 文件夹里与对话无关、没有读的文件，为什么；空串表示读了。
@@ -52,6 +53,7 @@ class Tally:
     num_untimed: int = 0
     private: Counter[str] = field(default_factory=Counter)
     num_alone: int = 0
+    num_wanted: int = 0
     num_unanswered: int = 0
     cleaned: Counter[str] = field(default_factory=Counter)
     num_dialogues: int = 0
@@ -81,6 +83,10 @@ class Tally:
         )
         return lines
 
+    def name_of(self, speaker: tuple[str, bool]) -> str:
+        """说话人给人看的名字：最后用的昵称。"""
+        return self.names[speaker] or "（没有名字）"
+
     def explain_nothing(self) -> str:
         """一段对话也没有时，丢在了哪一步、该怎么办；不是聊天记录时是空串。"""
         kept = self.num_messages - self.left_out.total()
@@ -100,7 +106,7 @@ class Tally:
             )
         if len(self.speakers) == 1:
             return (
-                f"{kept:,} 条消息都是 {next(iter(self.names.values()))} 一个人说的："
+                f"{kept:,} 条消息都是 {self.name_of(next(iter(self.speakers)))} 一个人说的："
                 "请导出双方都说了话的聊天；若另有一列是说话人，用 --speaker_column 指定"
             )
         return (
@@ -127,11 +133,9 @@ def speaker_lines(tally: Tally) -> list[str]:
         return ["    不是聊天记录，没有说话人"]
     lines = []
     for (account, is_me), count in tally.speakers.most_common():
-        name = tally.names[account, is_me]
+        name = tally.name_of((account, is_me))
         shown = name if name == account or not account else f"{name}（{account}）"
-        lines.append(
-            f"    {shown or '（没有名字）'}{'，导出的人，可写作 me' * is_me}：{count:,} 条"
-        )
+        lines.append(f"    {shown}{'，导出的人，可写作 me' * is_me}：{count:,} 条")
     return lines
 
 
@@ -154,25 +158,31 @@ def explain_nothing(
         found = sum(tally.num_dialogues for tally in tallies)
         used = describe_filters({name: filters[name] for name in ("min_turns", "max_turns")})
         return f"{names} 里没有对话合乎要求：读到的 {found:,} 段都被 {used} 筛掉了，请放宽"
-    if any(tally.num_unanswered for tally in tallies):
+    if any(tally.cleaned for tally in tallies):  # 有对话交给了 --clean，却一段也没有留下
+        return f"{names} 里没有对话：都被 --clean 去掉了，请去掉 --clean，或换一份语料"
+    if any(tally.num_unanswered and len(tally.speakers) > 1 for tally in tallies):
         return f"{names} 里没有对话：{_explain_speakers(tallies)}"
     reasons = [reason for tally in tallies if (reason := tally.explain_nothing())]
     if reasons:
         return f"{names} 里没有对话：{reasons[0]}"
-    if any(tally.cleaned for tally in tallies):
-        return f"{names} 里没有对话：都被 --clean 去掉了，请去掉 --clean，或换一份语料"
     return f"{names} 里没有对话：文件是空的或只有空白；请写入一行一句、空行分隔的对话"
 
 
 def _explain_speakers(tallies: Sequence[Tally]) -> str:
-    """没有 --reply_speaker 所指的人的话时，说出各个来源里一共有谁。"""
+    """--reply_speaker 所指的人没有答过别人：不认得他，就说出各个来源里一共有谁。"""
+    if num_wanted := sum(tally.num_wanted for tally in tallies):
+        return (
+            f"--reply_speaker 所指的人说了 {num_wanted:,} 条，但没有答过别人："
+            "有他的每一段都由他开头、别人接着说，或只有他一个人；"
+            "若是相隔太久，可把 --gap_minutes 调大，若想学别人，用 --list_speakers 看有谁"
+        )
     people: Counter[str] = Counter()
     for tally in tallies:
-        for (account, is_me), count in tally.speakers.items():
-            people["me（导出的人）" if is_me else tally.names[account, is_me]] += count
+        for speaker, count in tally.speakers.items():
+            people["me（导出的人）" if speaker[1] else tally.name_of(speaker)] += count
     shown = "、".join(f"{name} {count:,} 条" for name, count in people.most_common(MAX_PEOPLE))
     return (
-        f"{people.total():,} 条消息里没有 --reply_speaker 所指的人答别人的话，"
+        f"{people.total():,} 条消息里没有 --reply_speaker 所指的人，"
         f"说话的有 {shown}{'等' * (len(people) > MAX_PEOPLE)}："
         "请改成其中一个，全部的人和账号用 --list_speakers 看"
     )

@@ -231,3 +231,46 @@ def test_an_unknown_speaker_in_a_folder_is_answered_with_all_who_are_there(run, 
     ):
         run(*options, "小王")
     assert run(*options, "小明") == 0
+
+
+def write_log(path: Path, *messages: tuple[int, str, str]) -> Path:
+    """几时几分（分钟数）、谁、说了什么。"""
+    rows = [f"2026-01-02 {m // 60:02}:{m % 60:02}:00,{who},{text}" for m, who, text in messages]
+    path.write_text("\n".join(["time,sender,content", *rows]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([(0, "小明", "在吗"), (1, "网友", "在")], "所指的人说了 1 条，但没有答过别人"),
+        ([(0, "网友", "在吗"), (90, "小明", "在")], "所指的人说了 1 条，但没有答过别人.*--gap_mi"),
+        ([(0, "网友", "在吗"), (1, "小明", "ok")], "都被 --clean 去掉了，请去掉 --clean"),
+        ([(0, "小明", "在吗"), (1, "小明", "在")], "2 条消息都是 小明 一个人说的"),
+        ([(0, "网友", "在吗"), (1, "网友", "在")], "2 条消息都是 网友 一个人说的"),
+        ([(0, "网友", "在吗"), (1, "", "在")], "里没有 --r.*网友 1 条、（没有名字） 1 条：请改成"),
+    ],
+)
+def test_a_speaker_who_answers_nobody_is_told_why(run, tmp_path, messages, sentence):
+    """有这个人时，不劝人“改成其中一个”。"""
+    path = write_log(tmp_path / "a.csv", *messages)
+    with pytest.raises(UserError, match=sentence) as error:
+        run("--train_path", path, "--reply_speaker", "小明", "--clean")
+    assert ("请改成其中一个" in str(error.value)) == ("没有名字" in sentence)
+
+
+def test_a_chat_log_that_clean_emptied_is_told_so(run, tmp_path):
+    """不是“每一段都只有一个人说话”。"""
+    path = write_log(tmp_path / "a.csv", (0, "小明", "hi"), (1, "小红", "hello"))
+    with pytest.raises(UserError, match="都被 --clean 去掉了，请去掉 --clean"):
+        run("--train_path", path, "--clean")
+
+
+def test_a_speaker_known_by_an_old_nickname_is_known(run, tmp_path):
+    path = tmp_path / "a.txt"
+    messages = (("0", "小明"), ("1", "小明改名了"))
+    lines = [f"2026-01-02 20:0{minute}:00 {name}(12345)\n话\n" for minute, name in messages]
+    lines.append("2026-01-02 20:02:00 小红(67890)\n好\n")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match="所指的人说了 2 条，但没有答过别人"):
+        run("--train_path", path, "--reply_speaker", "小明")
