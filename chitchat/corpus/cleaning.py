@@ -58,7 +58,7 @@ class Cleaner:
     """清洗一个来源；记得每句回复出现过几次，内存随不同的回复数增长（每句一个散列值）。
 
     Args:
-        counts: 规则 → 句数，随清洗增加。
+        counts: 规则 → 处数，随清洗增加；一句里可以有几处。
     """
 
     def __init__(self, counts: Counter[str]) -> None:
@@ -91,7 +91,7 @@ class Cleaner:
         for name, pattern, replacement in _EDITS:
             text, count = pattern.subn(replacement, text)
             if count:
-                self.counts[name] += 1
+                self.counts[name] += count
         return " ".join(text.split())
 
     def _reason_to_cut(self, text: str, context: str | None) -> str:

@@ -33,7 +33,7 @@ class Tally:
         num_alone: 只有一个人说话、因此不要的段数。
         num_wanted: 留下的消息里，--reply_speaker 所指的人的条数。
         num_unanswered: 因 --reply_speaker 去掉的句数。
-        cleaned: --clean 改动或去掉的，规则 → 处数；一句可以合几条规则。
+        cleaned: --clean 改动或去掉的，规则 → 处数；一句里可以有几处。
         num_dialogues, num_utterances: 给出的对话数、句数。
         warnings: 可疑的地方，给用户看的句子。
         skipped: 文件夹里与对话无关、没有读的文件，为什么；空串表示读了。

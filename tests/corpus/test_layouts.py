@@ -296,6 +296,7 @@ def test_standard_input_and_brackets_in_a_folder(tmp_path, monkeypatch):
         (["hello", "你好", "好"], [["你好", "好"]], {"没有汉字": 1}),
         (["你好", "好==!!..//"], [], {"多半是符号": 1}),
         (["只有一句"], [["只有一句"]], {}),
+        (["@甲 @乙 早", "#早#安#安#好"], [["早", "安好"]], {"@某人": 2, "#话题#": 2}),
     ],
 )  # fmt: skip
 def test_cleaning_mends_or_cuts(dialogue, cleaned, rules):
