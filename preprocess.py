@@ -28,6 +28,7 @@ from chitchat.corpus.sources import Source, find_sources
 from chitchat.corpus.statistics import Statistics
 from chitchat.corpus.tally import (
     Tally,
+    collect_warnings,
     describe_filters,
     describe_source,
     explain_nothing,
@@ -271,7 +272,7 @@ def save(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> Stat
         meta["dialogues"] = result.num_dialogues
         meta["utterances"], meta["tokens"] = result.num_utterances, result.num_tokens
     show("\n".join(corpus.summary()))
-    for warning in (text for tally in corpus.tallies for text in tally.warnings):
+    for warning in collect_warnings(corpus.tallies):
         logger.warning("%s", warning)
     return result
 

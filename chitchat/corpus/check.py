@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from chitchat.corpus.formats.base import Dialogue
 from chitchat.corpus.statistics import Statistics
-from chitchat.corpus.tally import Tally
+from chitchat.corpus.tally import Tally, collect_warnings, find_unbroken
 from chitchat.errors import UserError
 from chitchat.files import atomic_file
 from chitchat.tokens.tokenizer import decode_response, special_ids
@@ -113,8 +113,11 @@ class CorpusCheck:
             lines += [f"    {place!s}" for place in map(_printable, self.places[suspicion])]
         for number, token_ids in enumerate(self.first, 1):
             lines.append(f"第 {number} 段按这样训练：{self._as_trained(token_ids)}")
-        warnings = [warning for tally in tallies for warning in tally.warnings]
-        return lines + [f"建议：{advice}" for advice in [*warnings, *self._advice()] or [_FINE]]
+        found = [
+            *collect_warnings(tallies),
+            *self._advice(is_unbroken=bool(find_unbroken(tallies))),
+        ]
+        return lines + [f"建议：{advice}" for advice in found or [_FINE]]
 
     def _as_trained(self, token_ids: Sequence[int]) -> str:
         """截断之后、标出特殊 token 的样子。"""
@@ -132,7 +135,8 @@ class CorpusCheck:
                 text.append(token_id)
         return "".join([*parts, decode_response(self.tokenizer, text)])
 
-    def _advice(self) -> list[str]:
+    def _advice(self, *, is_unbroken: bool) -> list[str]:
+        """可以用哪些选项；多半是忘了分段的，先不劝人把 --max_len 调大。"""
         found = self.statistics
         advice = []
         if num_single := found.turns[1]:
@@ -141,7 +145,7 @@ class CorpusCheck:
             repeated = f"{self.num_repeated_dialogues:,}"
             advice.append(f"{repeated} 段对话与前面的完全相同，可用 --drop_duplicates 去掉")
         num_long = found.num_longer_than(self.max_len)
-        if 20 * num_long > found.num_dialogues > 1:
+        if 20 * num_long > found.num_dialogues and not is_unbroken:
             advice.append(
                 f"{num_long:,} 段对话比 --max_len {self.max_len} 长，"
                 "训练时会切成几截，可把 train.py 的 --max_len 调大"

@@ -19,8 +19,8 @@ from chitchat.errors import UserError
 __all__ = ["FORMAT_NAMES", "filter_dialogues", "read_dialogues", "read_source", "total_size"]
 
 MAX_UTTERANCE = 1_000_000  # 字；更长的不会是一句话，编码它要几 GB 内存
-LONG_DIALOGUE = 20  # 整个文件只有一段、却有这么多句，多半是忘了空行，提醒一句
-ONE_DIALOGUE = 200  # 认作一行一句的文本只有一段、却有这么多句，就是忘了空行
+LONG_DIALOGUE = 20  # 认作一行一句的文本只有一段、却有这么多句，多半是忘了空行，提醒一句
+ONE_DIALOGUE = 200  # 有这么多句，就是忘了空行；别的格式，这时才提醒
 
 
 def read_dialogues(
@@ -106,24 +106,31 @@ def _dialogues(items: Iterator, options: ReadOptions, tally: Tally) -> Iterator[
 
 
 def _check_layout(source: Source, options: ReadOptions, tally: Tally) -> None:
-    """一行一句的文本读完之后，看看是不是忘了空行或多了空行。
+    """读完之后，看看是不是该分段的没有分，或分得太碎；--format 指定的不问是不是没有分段。
 
     Raises:
-        UserError: 整个文件成了一段很长的对话，而格式是猜的。
+        UserError: 认作一行一句的文本，整个文件成了一段很长的对话。
     """
     if tally.is_log:
         return
-    if tally.num_dialogues == 1 and tally.num_utterances > LONG_DIALOGUE:
-        problem = f"没有分段，{tally.num_utterances:,} 句成了一段对话"
-        is_guess = options.format == "auto" and tally.format == "text"
-        if is_guess and tally.num_utterances > ONE_DIALOGUE:
+    is_text = tally.format == "text"
+    most = LONG_DIALOGUE if is_text else ONE_DIALOGUE
+    is_one = tally.num_dialogues == 1 and tally.num_utterances > most
+    if is_one and options.format == "auto":
+        problem = f"{source.name} 没有分段，{tally.num_utterances:,} 句成了一段对话"
+        if is_text and tally.num_utterances > ONE_DIALOGUE:
             raise UserError(
-                f"{source.name} {problem}：请在各段对话之间加一个空行；每行本来就是一段、"
+                f"{problem}：请在各段对话之间加一个空行；每行本来就是一段、"
                 "各句以 TAB 分隔，就用 --format tsv；确实只有一段，就用 --format text"
             )
-        tally.warnings.append(f"{problem}：若不是一段，请在各段之间加一个空行")
+        remedy = "请在各段之间加一个空行" if is_text else "请看看文件里是怎样分段的"
+        tally.unbroken = (
+            f"{problem}：若不止一段，{remedy}；确实只有一段，就用 --format {tally.format}"
+        )
     if tally.num_dialogues >= 20 and tally.num_dialogues == tally.num_utterances:
-        tally.warnings.append("每段都只有一句话，学不到怎样回答：请去掉同一段对话各句之间的空行")
+        has_blank_lines = tally.format in ("text", "script")
+        remedy = "请去掉同一段对话各句之间的空行" if has_blank_lines else "请看看各句是怎样分成段的"
+        tally.warnings.append(f"{source.name} 每段都只有一句话，学不到怎样回答：{remedy}")
 
 
 def filter_dialogues(

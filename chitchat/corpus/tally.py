@@ -36,6 +36,7 @@ class Tally:
         cleaned: --clean 改动或去掉的，规则 → 处数；一句里可以有几处。
         num_dialogues, num_utterances: 给出的对话数、句数。
         warnings: 可疑的地方，给用户看的句子。
+        unbroken: 整个文件成了很长的一段时，提醒的话；总共不止一段就不必说。
         skipped: 文件夹里与对话无关、没有读的文件，为什么；空串表示读了。
     """
 
@@ -59,6 +60,7 @@ class Tally:
     num_dialogues: int = 0
     num_utterances: int = 0
     warnings: list[str] = field(default_factory=list)
+    unbroken: str = ""
     skipped: str = ""
 
     def lines(self) -> list[str]:
@@ -125,6 +127,18 @@ def describe_source(source: Source, tally: Tally) -> list[str]:
     first += f"{encoding_label(source.encoding)} 编码，{ends} 换行{mixed}，"
     first += f"{tally.num_dialogues:,} 段对话"
     return [first, *(f"    {line}" for line in tally.lines())]
+
+
+def find_unbroken(tallies: Sequence[Tally]) -> str:
+    """总共只有很长的一段对话，多半是忘了分段时，提醒的话；否则是空串。"""
+    is_one = sum(tally.num_dialogues for tally in tallies) == 1
+    return "".join(tally.unbroken for tally in tallies) if is_one else ""
+
+
+def collect_warnings(tallies: Sequence[Tally]) -> list[str]:
+    """各个来源可疑的地方，给用户看的句子。"""
+    found = [warning for tally in tallies for warning in tally.warnings]
+    return [*found, *filter(None, [find_unbroken(tallies)])]
 
 
 def speaker_lines(tally: Tally) -> list[str]:

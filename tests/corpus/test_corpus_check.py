@@ -176,11 +176,52 @@ def test_one_long_dialogue_is_doubted_before_it_is_cut(run, tmp_path, capsys):
     (tmp_path / "train.txt").write_text("你好\n" * 30, encoding="utf-8")
     assert run("--check", "--max_len", 8) == 0
     report = capsys.readouterr().out
-    assert "建议：没有分段，30 句成了一段对话：若不是一段，请在各段之间加一个空行\n" in report
+    assert "train.txt 没有分段，30 句成了一段对话：若不止一段，请在各段之间加一个空行；" in report
     assert "把 train.py 的 --max_len 调大" not in report
+    assert run("--check", "--max_len", 8, "--format", "text") == 0  # 照着做
+    report = capsys.readouterr().out
+    assert "没有分段" not in report
+    assert "建议：1 段对话比 --max_len 8 长" in report
     (tmp_path / "train.txt").write_text("你好\n" * 30 + "\n在\n好\n", encoding="utf-8")
     assert run("--check") == 0
     assert "没有分段" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("num_utterances", "is_doubted"), [(30, False), (201, True)])
+@pytest.mark.parametrize("name", ["a.json", "a.tsv"])
+def test_blank_lines_are_not_the_remedy_where_they_mean_nothing(
+    run, tmp_path, capsys, name, num_utterances, is_doubted
+):
+    utterances = ["你好"] * num_utterances
+    text = json.dumps([utterances]) if name == "a.json" else "\t".join(utterances)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert run("--train_path", tmp_path / name, "--check", "--max_len", 8) == 0
+    report = capsys.readouterr().out
+    assert "空行" not in report
+    assert (f"{name} 没有分段，201 句成了一段对话：若不止一段，" in report) == is_doubted
+    assert ("把 train.py 的 --max_len 调大" in report) == (not is_doubted)
+
+
+def test_a_folder_of_one_dialogue_files_is_not_doubted(run, tmp_path, capsys):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("你好\n" * 30, encoding="utf-8")
+    assert run("--train_path", folder, "--check") == run("--train_path", folder) == 0
+    assert "没有分段" not in "".join(capsys.readouterr())
+    assert run("--train_path", folder / "0.txt") == 0
+    assert "0.txt 没有分段，30 句" in capsys.readouterr().err
+
+
+def test_single_utterances_are_explained_as_the_format_parts_them(run, tmp_path, capsys):
+    for name, text, remedy in (
+        ("a.txt", "\n\n".join(["你好"] * 20), "请去掉同一段对话各句之间的空行"),
+        ("a.json", json.dumps([["你好"]] * 20), "请看看各句是怎样分成段的"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert run("--train_path", tmp_path / name, "--check") == 0
+        report = capsys.readouterr().out
+        assert f"{name} 每段都只有一句话，学不到怎样回答：{remedy}" in report
 
 
 @pytest.mark.parametrize(
