@@ -39,6 +39,7 @@ UNREADABLE = (
 )
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # 旧版本存下的，不是参数
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MAX_LISTED = 5  # 说有哪些模型文件夹时，最多列几个
 
 
 def load_model(name_or_dir: str) -> GPT2LMHeadModel:
@@ -56,7 +57,7 @@ def load_model(name_or_dir: str) -> GPT2LMHeadModel:
     if directory.is_dir():
         _check_model_dir(directory)
     elif not is_hub_name(name_or_dir):
-        raise UserError(f"找不到模型文件夹 {name_or_dir}{_list_checkpoints(directory.parent)}")
+        raise UserError(f"找不到模型文件夹 {name_or_dir}{_suggest_model(directory.parent)}")
     is_local = directory.is_dir()
     config, weights = {}, None
     if is_local:
@@ -158,7 +159,7 @@ def load_model_tokenizer(model_dir: str, vocab_path: Path | None) -> Tokenizer:
     directory = Path(model_dir)
     if not directory.is_dir():
         hub = "；它若是 hub 上的名字，请用 --vocab_path 给出词表" if is_hub_name(model_dir) else ""
-        around = _list_checkpoints(directory.parent)
+        around = _suggest_model(directory.parent)
         raise UserError(f"找不到模型文件夹 {model_dir}{around}{hub}")
     _check_model_dir(directory)
     if not has_tokenizer(model_dir):
@@ -242,27 +243,36 @@ def _check_folder(directory: Path) -> None:
 def _check_model_dir(directory: Path) -> None:
     """文件夹里要有 config.json 和权重。"""
     if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} 不是模型文件夹：缺少 config.json{_list_checkpoints(directory)}"
-        )
-    sharded = [f"{name}.index.json" for name in WEIGHT_FILES]
-    if not any((directory / name).is_file() for name in [*WEIGHT_FILES, *sharded]):
+        raise UserError(f"{directory} 不是模型文件夹：缺少 config.json{_suggest_model(directory)}")
+    if not _has_weights(directory):
         raise UserError(f"{directory} 里没有权重：应有 {' 或 '.join(WEIGHT_FILES)}")
 
 
+def _has_weights(directory: Path) -> bool:
+    sharded = [f"{name}.index.json" for name in WEIGHT_FILES]
+    return any((directory / name).is_file() for name in [*WEIGHT_FILES, *sharded])
+
+
+def _suggest_model(parent: Path) -> str:
+    """没有要找的模型时怎么办，供错误信息使用。"""
+    return _list_checkpoints(parent) or "；请先用 python train.py 训练一个，或改正路径"
+
+
 def _list_checkpoints(parent: Path) -> str:
-    """写出附近完好的模型文件夹，供错误信息使用。"""
-    folders = {path.parent for name in WEIGHT_FILES for path in parent.glob(f"*/{name}*")}
-    recent = sorted(folders, key=lambda path: path.stat().st_mtime)[-5:]
-    whole = [str(path) for path in recent if _is_whole(path)]
-    if not whole:
-        return "；请先用 python train.py 训练一个，或改正路径"
-    return f"；完好的模型文件夹：{'、'.join(whole)}"
+    """写出附近完好的模型文件夹，新的在前，至多 MAX_LISTED 个；一个也没有时是空串。"""
+    folders = {path.parent for name in WEIGHT_FILES for path in parent.glob(f"[!.]*/{name}*")}
+    newest_first = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+    whole = itertools.islice(filter(_is_whole, newest_first), MAX_LISTED)
+    names = "、".join(map(str, whole))
+    return f"；完好的模型文件夹：{names}" if names else ""
 
 
 def _is_whole(directory: Path) -> bool:
+    """不必读懂权重就看得出的毛病一个也没有。"""
     try:
+        _read_valid_config(directory)
+        check_weight_files(directory)
         check_folder(directory)
-    except UserError:
+        return _has_weights(directory)
+    except (UserError, OSError):
         return False
-    return True

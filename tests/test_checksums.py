@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -128,10 +129,63 @@ def test_damaged_checkpoint_offers_the_others_and_the_way_out(checkpoint):
 
 
 def test_the_card_may_be_edited(checkpoint):
-    before = load_engine(str(checkpoint), precision="fp32", device=CPU)
     (checkpoint / "README.md").write_text("我的")  # 与原来一样长
-    engine = load_engine(str(checkpoint), precision="fp32", device=CPU)
-    assert engine.vocab_size == before.vocab_size
+    load_engine(str(checkpoint), precision="fp32", device=CPU)
+
+
+def write_weights(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def leave_part(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.safetensors.part")
+
+
+def make_folder(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()  # 打不开：与没有权限的一样，是 OSError
+
+
+SPOILT = {
+    "LFS pointer": lambda folder: write_weights(folder, b"version https://git-lfs.github.com/s"),
+    "part": leave_part,
+    "cut": lambda folder: write_weights(folder, (folder / "model.safetensors").read_bytes()[:-9]),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "unreadable": make_folder,
+}
+
+
+def find_offered(model_path: Path) -> list[str]:
+    """说坏了的句子里，给出的别的模型文件夹的名字。"""
+    with pytest.raises(UserError) as error:
+        load_model(str(model_path))
+    assert "python train.py" not in str(error.value)
+    others = str(error.value).partition("；完好的模型文件夹：")[2]
+    return [Path(name).name for name in others.split("、") if name]
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize("how", SPOILT)
+def test_only_whole_checkpoints_are_offered(how, has_checksums, checkpoint):
+    beside = checkpoint.parent / "epoch2"
+    shutil.copytree(checkpoint, checkpoint.parent / ".epoch3.1@host.part")  # 还在写
+    SPOILT[how](beside)
+    if not has_checksums:
+        (beside / CHECKSUMS_NAME).unlink()
+    for _ in flips(checkpoint / "vocab.txt", number=1):
+        assert find_offered(checkpoint) == []
+
+
+def test_the_newest_five_of_the_whole_checkpoints_are_offered(checkpoint):
+    names = [f"epoch{number}" for number in range(2, 14)]
+    for number, name in enumerate(names):
+        folder = checkpoint.parent / name
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        if number > 5:
+            SPOILT["cut"](folder)
+        os.utime(folder, (number, number))
+    for _ in flips(checkpoint / "vocab.txt", number=1):
+        assert find_offered(checkpoint) == names[5:0:-1]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"config.json": 1}', ""])
