@@ -291,6 +291,32 @@ def test_errors_without_a_name_say_what_they_are_about(shell, named, tmp_path):
     assert fnmatch.fnmatch(done.stderr.splitlines()[-1], f"错误：读写 {named} 失败：*")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="没有这种限制")
+def test_a_full_temporary_folder_is_one_sentence(tmp_path):
+    """排序用的临时库超出 16 MB 的缓存就要写盘，而文件不许超过 1 MB。"""
+    code = """
+import resource, signal
+from chitchat.corpus.sorting import group_rows
+from chitchat.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+try:
+    list(group_rows((str(number), "字" * 200, number) for number in range(60_000)))
+except UserError as error:
+    print(error)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(preprocess.__file__).parent,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    start = f"临时文件夹 {tmp_path} 写不下（disk I/O error）：请清出空间，或用环境变量 TMPDIR"
+    assert ended.stdout.startswith(start), ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_files_of_one_name_in_a_zip_are_refused(tmp_path):
     path = tmp_path / "talk.zip"

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from chitchat.errors import UserError
+
 
 @contextlib.contextmanager
 def temporary_database(*statements: str) -> Iterator[sqlite3.Connection]:
@@ -16,14 +18,26 @@ def temporary_database(*statements: str) -> Iterator[sqlite3.Connection]:
 
     Args:
         statements: 先执行的语句，如建表。
+
+    Raises:
+        UserError: 临时文件夹写不下。
     """
-    with tempfile.TemporaryDirectory(prefix="chitchat-") as folder:
-        path = Path(folder) / "rows.db"
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-            settings = ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16000")
+    settings = ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16000")
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="chitchat-") as folder,
+            contextlib.closing(
+                sqlite3.connect(Path(folder) / "rows.db", isolation_level=None)
+            ) as database,
+        ):
             for statement in (*(f"PRAGMA {setting}" for setting in settings), *statements, "BEGIN"):
                 database.execute(statement)
             yield database
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"临时文件夹 {tempfile.gettempdir()} 写不下（{error}）："
+            "请清出空间，或用环境变量 TMPDIR 指定别处的文件夹"
+        ) from error
 
 
 def group_rows(rows: Iterable[tuple[str, str, int]]) -> Iterator[tuple[list[str], list[int]]]:
