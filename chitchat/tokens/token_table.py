@@ -125,6 +125,11 @@ def _load_lists(path: Path) -> list[list[int]]:
     try:
         with path.open("rb") as file, _bounded_memory(MAX_SHARING * path.stat().st_size):
             dialogues = _ListUnpickler(file).load()
+    except MemoryError as error:
+        raise UserError(
+            f"{path} 读不进内存：内存不够，或文件被改坏了；{advice}，"
+            "--save_path 不以 .pkl 结尾就写成文件夹，读它不占内存；或放宽 ulimit -v"
+        ) from error
     except Exception as error:  # 损坏的 pickle 可以抛出任何异常
         if str(error).startswith("invalid load key"):  # 第一个字节就不是 pickle
             raise UserError(
