@@ -28,8 +28,9 @@ ENOUGH_SECONDS = 1.5  # 一次前向和反向有这么久，就不必再量更�
 def choose_optimizer(loss_module: LossModule, loader: DataLoader, *, num_processes: int) -> str:
     """给出 ``adamw`` 或 ``muon``。
 
-    同样多的步数 Muon 总是更好，但正交化的时间只取决于模型，前向和反向的则与一次更新的 token 数
-    成正比：小模型或大批次才划算。前向和反向由各进程分摊，正交化却每个进程都做一遍。
+    同样多的步数 Muon 总是更好，但正交化的时间只取决于模型，前向和反向的则随一次更新的 token 数
+    增长，另有一份与 token 数无关：小模型或大批次才划算。前向和反向由各进程分摊，正交化却每个进程
+    都做一遍。
 
     Args:
         loss_module: 没有套上并行的；权重、梯度和随机数都不会变。

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from chitchat.architecture import zero_projections
 from chitchat.tokens.token_table import load_token_table
 from chitchat.training.meters import evaluate
 from chitchat.training.optimizers import (
@@ -96,10 +95,10 @@ def train(
     is_clipped=True, starts_at_zero=False, windows=(16,), is_averaged=False,
 ):  # fmt: skip
     """训练一种改法，返回更新次数和模型。"""
-    model = our_loop.build_model(ROOT / "model/config.json", CPU, seed=seed, **SIZE)
+    model = our_loop.build_model(
+        ROOT / "model/config.json", CPU, seed=seed, starts_at_zero=starts_at_zero, **SIZE
+    )
     hidden = hidden_matrices(model)
-    if starts_at_zero:
-        zero_projections(model)
     progress = 0.0
 
     def factor(_step):

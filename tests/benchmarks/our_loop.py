@@ -6,6 +6,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from chitchat.architecture import zero_projections
 from chitchat.training.loaders import build_loaders
 from chitchat.training.loss import LossModule
 from chitchat.training.optimizers import build_optimizers
@@ -15,11 +16,15 @@ from chitchat.training.splitting import MAX_PADDING, MIN_PADDING, split_rows
 from chitchat.training.updater import Updater
 
 
-def build_model(config_path, device, *, seed=0, **fields):
-    """随机初始化的模型，同一个 seed 每次相同；fields 改换结构。"""
+def build_model(config_path, device, *, seed=0, starts_at_zero=True, **fields):
+    """随机初始化的模型，同一个 seed 每次相同；fields 改换结构。
+
+    starts_at_zero 是像 train.py 那样，各层最后的投影从零开始；别的做法比较时不这样。
+    """
     torch.manual_seed(seed)
     config = json.loads(config_path.read_text(encoding="utf-8")) | fields
-    return GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102)).to(device)
+    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=101, eos_token_id=102))
+    return (zero_projections(model) if starts_at_zero else model).to(device)
 
 
 def load_batches(

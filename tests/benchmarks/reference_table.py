@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from chitchat.architecture import zero_projections
 from chitchat.chat.chatbot import Chatbot
 from chitchat.chat.loading import load_engine
 from chitchat.chat.options import SamplingOptions
@@ -45,7 +44,10 @@ def train(recipe, rows, args, seed):
     if base:
         model = load_model(str(base))
     else:
-        model = our_loop.build_model(ROOT / "model/config.json", device, seed=seed, **SIZE)
+        is_ours = recipe.startswith("本项目")
+        model = our_loop.build_model(
+            ROOT / "model/config.json", device, seed=seed, starts_at_zero=is_ours, **SIZE
+        )
     torch.manual_seed(seed)
     if recipe == "参考实现":
         num_tokens, *_ = reference_loop.train(model, rows, seconds=args.seconds, device=device)
@@ -58,8 +60,6 @@ def train(recipe, rows, args, seed):
     loader, _ = our_loop.load_batches(
         TokenTable.from_dialogues(rows), train_window=16, val_window=64, val_num=200, seed=seed
     )
-    if not base:
-        zero_projections(model)
     name, lr = ("adamw", 5 * FINE_TUNING_LR) if base else ("auto", 0.0)
     _, steps = train_ours(model, loader, args, device, optimizer=name, lr=lr)
     return model, steps

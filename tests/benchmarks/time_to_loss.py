@@ -21,7 +21,6 @@ import our_loop  # noqa: E402
 import reference_loop  # noqa: E402
 import trainer_loop  # noqa: E402
 
-from chitchat.architecture import zero_projections  # noqa: E402
 from chitchat.checkpoint import load_model  # noqa: E402
 from chitchat.cli import quiet_transformers  # noqa: E402
 from chitchat.tokens.token_table import load_token_table  # noqa: E402
@@ -154,9 +153,10 @@ def main():
         if args.pretrained_model:
             model = load_model(args.pretrained_model).to(device)
         else:
-            model = our_loop.build_model(args.model_config, device, seed=args.seed, **size)
-        if name not in ("reference", "trainer") and not args.pretrained_model:
-            zero_projections(model)
+            is_ours = name not in ("reference", "trainer")
+            model = our_loop.build_model(
+                args.model_config, device, seed=args.seed, starts_at_zero=is_ours, **size
+            )
         if name == "reference":
             speed, steps = train_reference(model, loaders, args, device)
         elif name == "trainer":
