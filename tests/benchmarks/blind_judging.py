@@ -19,12 +19,16 @@ CORPUS = Path(__file__).parents[1] / "data" / "everyday.txt"
 SETTINGS = {
     "reference: T 1, top-k 8": ["--temperature", "1", "--topk", "8"],
     "T 0.7, top-k 20": ["--temperature", "0.7", "--topk", "20"],
-    "T 0.7, top-p 0.9": ["--temperature", "0.7", "--topk", "0", "--topp", "0.9"],
-    "T 0.7, top-k 20, penalty 1.2": [
-        *("--temperature", "0.7", "--topk", "20", "--repetition_penalty", "1.2"),
-    ],
     "T 0.7, top-k 20, 8 candidates": [
         *("--temperature", "0.7", "--topk", "20", "--num_candidates", "8"),
+    ],
+    "README: T 0.5, top-k 20, penalty 1.2, 4 candidates": [
+        *("--temperature", "0.5", "--topk", "20"),
+        *("--repetition_penalty", "1.2", "--num_candidates", "4"),
+    ],
+    "T 0.7, top-k 20, penalty 1.2, 12 candidates": [
+        *("--temperature", "0.7", "--topk", "20"),
+        *("--repetition_penalty", "1.2", "--num_candidates", "12"),
     ],
     "greedy": ["--greedy"],
 }
