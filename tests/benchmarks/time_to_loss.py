@@ -104,7 +104,7 @@ def train_ours(model, loader, args, device, *, optimizer, lr):
         module = LossModule(model.train(), precision=choose_precision("auto", device))
         optimizer = choose_optimizer(module, loader, num_processes=1)
         lr = lr or DEFAULT_LR[optimizer]
-        print(f"auto: {optimizer}", end=" ")
+        print(f"auto: {optimizer}", file=sys.stderr)
     updater = our_loop.build_updater(model, device, optimizer=optimizer, lr=lr, lr_factor=lr_factor)
     num_tokens = num_steps = 0
     loader.sampler.epoch = 0

@@ -5,7 +5,7 @@ import time
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from chitchat.devices import has_fast_bf16
 
@@ -109,5 +109,6 @@ def train(
             optimizers=(optimizer, scheduler),
             callbacks=[clock],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return counter.num_tokens, counter.num_padding, clock.elapsed, clock.num_steps
