@@ -118,7 +118,7 @@ def train_ours(model, loader, args, device, *, optimizer, lr):
         loader.sampler.epoch += 1
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train_path", type=Path, default=Path("data/train.pkl"))
     parser.add_argument("--model_config", type=Path, default=ROOT / "model/config.json")
@@ -132,7 +132,11 @@ def main():
     parser.add_argument("--batch_tokens", type=int, default=0, help="一次更新的 token 数，代替前者")
     parser.add_argument("--pool_windows", type=int, default=0, help="只在这么多窗口之内按长度排")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = load_token_table(args.train_path, 13317)
