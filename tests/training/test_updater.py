@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import timeit
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
+from chitchat import devices
 from chitchat.errors import UserError
 from chitchat.training.dataset import Batch, collate
 from chitchat.training.loss import LossModule
@@ -286,6 +288,7 @@ def test_precision_by_table(name, device, capabilities, expected, monkeypatch):
     )
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "_is_bf16_faster_here", lambda: True)
     assert choose_precision(name, SimpleNamespace(type=device)) == expected
 
 
@@ -293,6 +296,35 @@ def test_cpu_without_fast_matrix_library_takes_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert choose_precision("auto", CPU) == "fp32"
+
+
+@pytest.mark.parametrize(("bf16_seconds", "expected"), [(0.5, "bf16"), (1.8, "fp32")])
+def test_bf16_instructions_that_are_slower_are_not_taken(monkeypatch, bf16_seconds, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    slow_first = iter([50.0] * 2)  # 头一次各要准备
+
+    def seconds(dtype: torch.dtype) -> float:
+        return next(slow_first, bf16_seconds if dtype == torch.bfloat16 else 1.0)
+
+    monkeypatch.setattr(devices, "_matmul_seconds", seconds)
+    devices._is_bf16_faster_here.cache_clear()
+    try:
+        assert choose_precision("auto", CPU) == expected
+    finally:
+        devices._is_bf16_faster_here.cache_clear()
+
+
+def test_auto_precision_is_the_faster_one_on_this_machine():
+    def seconds(dtype: torch.dtype) -> float:
+        linear = torch.nn.Linear(384, 1536, dtype=dtype)
+        x = torch.randn(512, 384, dtype=dtype)
+        return min(timeit.repeat(lambda: linear(x), number=3, repeat=8))
+
+    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    if 0.6 < ratio < 1.6:
+        pytest.skip("两种精度差不多快，选哪个都行")
+    assert choose_precision("auto", CPU) == ("bf16" if ratio < 1 else "fp32")
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
