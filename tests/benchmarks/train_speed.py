@@ -6,6 +6,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 import pickle
 import resource
@@ -169,8 +170,11 @@ def compare_speed(args):
     rows = {
         "reference (batch 4 x 4)": measure("reference"),
         f"reference (batch {args.batch_size})": measure("reference_equal"),
-        f"Trainer (batch {args.batch_size})": measure("trainer"),
     }
+    if importlib.util.find_spec("accelerate"):
+        rows[f"Trainer (batch {args.batch_size})"] = measure("trainer")
+    else:
+        print("没有 Trainer 的一行：它要 pip install accelerate")
     optimizers = args.optimizers.split(",")
     for optimizer in optimizers:
         rows[f"ours, {optimizer}, defaults (4 x 4)"] = measure(f"defaults:{optimizer}")
