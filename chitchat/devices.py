@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import re
-import time
 from typing import TYPE_CHECKING
 
 from chitchat.errors import UserError
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # 最后一个是 ARM 的
-MATMUL_REPEATS = 5
 
 
 def select_devices(device: str, *, no_cuda: bool) -> list[torch.device]:
@@ -66,37 +63,20 @@ def _find_mistake(device: str, numbers: list[str]) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """这个设备上 bf16 的矩阵乘法是不是比 fp32 的快；没有指令的 CPU 只能模拟，要慢几十倍。"""
+    """这个设备上 bf16 的矩阵乘法是不是比 fp32 的快。
+
+    CPU 只看指令，不计时：同样的机器总是同样的答案，续训和各个进程才一致。
+    """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities().get
+    # 有 avx512_fp16 的至强（第四代起）靠 amx 算 bf16；虚拟机不给 amx 时，bf16 只有 fp32 的一半快。
+    is_half_speed = has("avx512_fp16") and not has("amx_bf16")
+    has_bf16 = any(has(name) for name in BF16_INSTRUCTIONS) and not is_half_speed
     # 有指令还不够：只有 oneDNN（mkldnn）的矩阵乘法会用它们。
-    instructions = torch.cpu.get_capabilities()
-    has_bf16 = any(instructions.get(name) for name in BF16_INSTRUCTIONS)
-    return has_bf16 and torch.backends.mkldnn.is_available() and _is_bf16_faster_here()
-
-
-@functools.cache
-def _is_bf16_faster_here() -> bool:
-    """在 CPU 上量一次，十来毫秒：有 avx512_bf16、却没有 amx 的至强虚拟机上，bf16 只有一半快。"""
-    import torch
-
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(MATMUL_REPEATS):
-        for dtype, measured in seconds.items():
-            measured.append(_matmul_seconds(dtype))
-    # 各取最快的一次：第一次含准备，别的程序也只会让它变慢。
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    import torch
-
-    matrix = torch.ones(512, 512, dtype=dtype)
-    start = time.perf_counter()
-    matrix @ matrix
-    return time.perf_counter() - start
+    return has_bf16 and torch.backends.mkldnn.is_available()
 
 
 def seed_everything(seed: int) -> None:

@@ -104,7 +104,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         matrices: 形状 (K, A, B)，浮点；不会被修改。
 
     Returns:
-        形状 (K, A, B)；有 bf16 矩阵乘法的设备上是 bfloat16，别的 CPU 上是 float32。
+        形状 (K, A, B)；bf16 矩阵乘法快的设备上是 bfloat16，别的 CPU 上是 float32。
     """
     is_bf16 = matrices.device.type != "cpu" or has_fast_bf16(matrices.device)
     is_tall = matrices.size(1) > matrices.size(2)

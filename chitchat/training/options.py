@@ -85,7 +85,7 @@ def add_model_options(add: Callable) -> None:
         "（默认 %(default)s）")
     add("--no_cuda", action="store_true", help="只用 CPU")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
-        help="前向的精度；auto：bf16 更快就用它，老 GPU 用 fp16，否则 fp32；续训时与上次相同"
+        help="前向的精度；auto：bf16 快就用它，老 GPU 用 fp16，否则 fp32；续训时与上次相同"
         "（默认 %(default)s）")
     add("--train_mmi", action="store_true",
         help="各句倒过来训练，得到 interact.py --mmi_model_path 所用的反向模型")

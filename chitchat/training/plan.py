@@ -103,7 +103,7 @@ class Plan:
 def choose_precision(name: str, device: torch.device) -> str:
     """把 ``auto`` 变成具体的精度。
 
-    bf16 更快就用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32，在那里 bf16 要慢几十倍。
+    bf16 快就用 bf16；较老的 GPU 用 fp16；别的 CPU 用 fp32，在那里 bf16 慢两倍到几十倍。
     """
     if name != "auto":
         return name

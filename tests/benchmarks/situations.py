@@ -1,6 +1,6 @@
 """把 data/situations.txt 的情景展开成训练 model/base 用的对话。
 
-用法: python -m tests.benchmarks.situations --save_path data/situations.train.txt
+用法: python -m tests.benchmarks.situations
 
 一个情景是人会说的一件事的许多种说法，和对每一种说法都接得上的回复::
 
@@ -55,6 +55,13 @@ class Situation:
     phrasings: list[str] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
 
+    def templates(self) -> list[str]:
+        """全部的句子，{X} 还没有换成词；不含家常的回复。"""
+        texts = [*self.phrasings]
+        for reply in self.replies:
+            texts += [reply.text, *reply.follow_ups, *reply.answers]
+        return texts
+
     def sample(self, phrasing: str, rng: random.Random) -> list[str]:
         """以 phrasing 开头的一段对话，两句或四句。"""
         is_common = self.common_replies and rng.random() < COMMON_SHARE
@@ -94,17 +101,20 @@ def read_situations(path: Path = DEFAULT_PATH) -> list[Situation]:
     """读全部情景，和它们那一类的家常回复。
 
     Raises:
-        ValueError: 有一行不合格式，或少了说法、回复、词、后文；说明在第几行。
+        ValueError: 有一行不合格式，或少了说法、回复、词、后文；说明在第几行或哪个情景。
     """
     common_replies = read_common_replies()
     situations = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         heading = HEADING.fullmatch(line)
         if heading:
+            if heading[2] and heading[2] not in common_replies:
+                raise ValueError(f"{path} 第 {number} 行：没有第 {heading[2]} 类的家常回复")
             situations.append(Situation(heading[1], common_replies.get(heading[2], [])))
         elif line:
             matched = LINE.fullmatch(line)
-            if not matched or not situations:
+            is_early = not situations or (matched and matched[1] and not situations[-1].replies)
+            if not matched or is_early or "||" in line:
                 raise ValueError(f"{path} 第 {number} 行不认识：{line}")
             _add_line(situations[-1], *matched.groups())
     for situation in situations:
@@ -126,12 +136,10 @@ def _add_line(situation, indent, kind, text):
 
 
 def _check(situation):
-    texts = [*situation.phrasings]
     for reply in situation.replies:
-        texts += [reply.text, *reply.follow_ups, *reply.answers]
         if bool(reply.follow_ups) != bool(reply.answers):
             raise ValueError(f"{situation.name}：后文要有人说的话，也要有回复")
-    slots = {slot for text in texts for slot in re.findall(r"\{(.*?)\}", text)}
+    slots = {slot for text in situation.templates() for slot in re.findall(r"\{(.*?)\}", text)}
     if not situation.phrasings or not situation.replies or slots - set(situation.words):
         raise ValueError(f"{situation.name}：少了说法、回复，或 {slots} 里有没有列出的词")
 
@@ -153,7 +161,7 @@ def main():
     parser.add_argument("--situations_path", type=Path, default=DEFAULT_PATH)
     parser.add_argument("--per_situation", type=int, default=28)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save_path", type=Path, required=True)
+    parser.add_argument("--save_path", type=Path, default=ROOT / "data" / "situations.train.txt")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     dialogues = []
